@@ -1,0 +1,39 @@
+"""fastpref: learn from preferences with language models.
+
+The ops need torch alone; ``fastpref.dpo`` and ``fastpref.sft`` train, and need ``fastpref[train]``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastpref.kernels.gather_rows import gather_rows
+from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
+from fastpref.kernels.logp_from_logits import TokenStats, logp_from_logits, logp_stats_from_logits
+from fastpref.logps import linear_sequence_logp, sequence_logp
+from fastpref.losses.preference import PairLoss, dpo_loss
+
+if TYPE_CHECKING:
+    from fastpref.train.run import dpo, sft
+
+__version__ = "0.1.0"
+__all__ = [
+    "PairLoss",
+    "TokenStats",
+    "dpo",
+    "dpo_loss",
+    "gather_rows",
+    "linear_logp",
+    "linear_logp_stats",
+    "linear_sequence_logp",
+    "logp_from_logits",
+    "logp_stats_from_logits",
+    "sequence_logp",
+    "sft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("dpo", "sft"):  # a trainer author's import must not pull in transformers
+        from fastpref.train import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'fastpref' has no attribute {name!r}")

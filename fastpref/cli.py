@@ -1,0 +1,192 @@
+"""The commands: ``fastpref COMMAND [--config recipe.yaml] [--key value ...]``."""
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+COMMANDS = {
+    "sft": "supervised fine-tuning on prompts and completions, or on the chosen side of pairs",
+    "dpo": "learn from preference pairs against a frozen reference",
+    "quickstart": "the whole way in miniature: data, SFT, sampled pairs, DPO, reward against KL",
+    "tiny": "make a small random model with a tokenizer trained on a data file",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 1 for input it cannot work with, 2 for bad usage."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        import fastpref
+
+        print(f"fastpref {fastpref.__version__}")
+        return 0
+    if args[0].startswith("--local_rank"):  # where a launcher puts it in front
+        args = [*args[1:], args[0]]
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        return fail(f"unknown command {command!r}\n\n{usage()}", 2)
+    try:
+        return run_command(command, rest)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except Exception as error:
+        if not is_input_error(error):
+            raise
+        return fail(str(error), 1)
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fastpref COMMAND [--config recipe.yaml] [--key value ...]", "", *lines, ""]
+        + ["fastpref COMMAND --help lists the keys of a command."]
+    )
+
+
+def run_command(command: str, args: list[str]) -> int:
+    # imported here: the help of the program must not wait for torch
+    from transformers.utils import logging
+
+    from fastpref.models.tiny import TinyConfig, make_tiny
+    from fastpref.quickstart import QuickstartConfig, quickstart
+    from fastpref.train.config import DPOConfig, SFTConfig
+    from fastpref.train.run import dpo, sft
+
+    commands: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
+        "sft": (SFTConfig, sft),
+        "dpo": (DPOConfig, dpo),
+        "quickstart": (QuickstartConfig, quickstart),
+        "tiny": (TinyConfig, make_tiny),
+    }
+    config_class, action = commands[command]
+    logging.disable_progress_bar()  # one bar is enough, and it is ours
+    action(parse(command, config_class, args))
+    return 0
+
+
+def parse(command: str, config_class: type[Any], args: list[str]) -> Any:
+    """The command's configuration from YAML files and flags, later ones winning."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"fastpref {command}", description=COMMANDS[command], exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file of keys and values")
+    parser.add_class_arguments(config_class, None, fail_untyped=False)
+    namespace = parser.parse_args(normalise(config_class, args))
+    values = {f.name: namespace[f.name] for f in dataclasses.fields(config_class)}
+    return config_class(**values)
+
+
+def normalise(config_class: type[Any], args: list[str]) -> list[str]:
+    """Flags as jsonargparse takes them, from flags as recipes and launchers write them.
+
+    ``--flag`` and ``--no_flag`` for booleans, several values for a list, dashes for underscores,
+    the names that TRL has for a key of ours; YAML files go through the same check of their keys.
+    """
+    types = typing.get_type_hints(config_class)
+    out: list[str] = []
+    for flag, values in flags(args):
+        key = flag.replace("-", "_")
+        if key in ("help", "h", "print_config"):
+            out += [f"--{key}" + (f"={values[0]}" if values else "")]
+        elif key == "config":
+            for path in values:
+                out += ["--config", json.dumps(checked(config_class, read_yaml(path)))]
+        else:
+            if not values and key.startswith("no_") and key not in types:
+                key, values = key.removeprefix("no_"), ["false"]
+            value = parse_scalar(values or ["true"])
+            for name in checked(config_class, {key: value}):
+                is_list = "list" in str(types[name]) and len(values) > 1
+                text = json.dumps(values) if is_list else " ".join(values) or "true"
+                out.append(f"--{name}={text}")
+    return out
+
+
+def flags(args: list[str]) -> list[tuple[str, list[str]]]:
+    """``--name a b --other=c`` as [(name, [a, b]), (other, [c])]."""
+    found: list[tuple[str, list[str]]] = []
+    for arg in args:
+        if arg in ("-h", "--help"):
+            found.append(("help", []))
+        elif arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            found.append((name, [value] if equals else []))
+        elif not found:
+            raise UsageError(f"need --key value, got {arg!r}")
+        else:
+            found[-1][1].append(arg)
+    return found
+
+
+def parse_scalar(values: list[str]) -> Any:
+    import yaml
+
+    parsed = [yaml.safe_load(value) for value in values]
+    return parsed[0] if len(parsed) == 1 else parsed
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path) as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: need keys and values, got {type(values).__name__}")
+    return values
+
+
+def checked(config_class: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The keys that the class takes, under its own names; what has no effect is said."""
+    from fastpref.train.config import ConfigError, TrainConfig, check_keys, unknown
+
+    if issubclass(config_class, TrainConfig):
+        taken, notes = check_keys(config_class, values)
+        for note in notes:
+            print(note, file=sys.stderr)
+        return taken
+    known = {f.name for f in dataclasses.fields(config_class)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown("key", key, known))
+    return values
+
+
+class UsageError(ValueError):
+    """A command line that cannot be read."""
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether the message alone tells the user what to do; anything else shows its trace."""
+    from jsonargparse import ArgumentError
+
+    from fastpref.data.formats import DataError
+    from fastpref.models.attention import ModelError
+    from fastpref.train.checkpoint import CheckpointError
+    from fastpref.train.config import ConfigError
+
+    kinds = (UsageError, ConfigError, DataError, ModelError, CheckpointError, ArgumentError)
+    return isinstance(error, kinds)
+
+
+def fail(message: str, code: int) -> int:
+    print(f"fastpref: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

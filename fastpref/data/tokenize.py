@@ -1,0 +1,428 @@
+"""Examples -> token ids: a prompt that its completions share, and which tokens are scored.
+
+Strings: the prompt is what the tokenizer makes of it as configured (BOS kept, an end mark that the
+tokenizer appends removed); a completion is the rest of the joint text's tokens where those begin
+with the prompt's, otherwise it is tokenised apart and counted; EOS follows unless it is there.
+Message lists: the chat template's own text and nothing more, no EOS on top, without the white space
+that templates put after the stop token. Only assistant tokens are scored.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fastpref.data.formats import DataError, Example, Message
+
+TruncationMode: TypeAlias = Literal["keep_start", "keep_end"]
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# one of several kinds of character: whatever a completion starts with, one of them does not merge
+_ANCHORS = ("\n", "a", "1", ":")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Token ids of one prompt and its completions; every sequence has at least one token."""
+
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+    scored: tuple[list[bool] | None, ...]  # per completion: which tokens are scored; None = all
+    row: int
+    extras: dict[str, float | tuple[float, ...]]  # one per group, or one per completion
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> set[int]:
+    """The tokens that end a reply: the generation config's EOS ids and the tokenizer's own."""
+    ids = getattr(generation_config, "eos_token_id", None)
+    stops = set(ids) if isinstance(ids, list | tuple | set) else {ids}
+    return {int(i) for i in stops | {tokenizer.eos_token_id} if i is not None}
+
+
+@dataclass(slots=True)
+class _Text:
+    """A completion in text: after the prompt come segments, each scored or not."""
+
+    prompt: str
+    segments: list[tuple[str, bool]]
+
+
+@dataclass(slots=True)
+class _Ids:
+    prompt: list[int]
+    ids: list[int] = field(default_factory=list)
+    scored: list[bool] = field(default_factory=list)
+    apart: bool = False  # tokenised apart from what stands before it
+
+
+class _Encoder:
+    """A tokenizer's batch call, without what it puts around a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        bare, full = self("a", special=False), self("a", special=True)
+        starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+        if not bare or not starts:
+            raise ValueError(f"need a tokenizer that keeps the text 'a', got ids {bare} and {full}")
+        self._n_suffix = len(full) - starts[0] - len(bare)
+        # a dummy prefix: SentencePiece turns "a" at the start of a text into " a"
+        self._dummy = self("\na", special=False) != self("\n", special=False) + bare
+
+    def __call__(self, text: str, *, special: bool) -> list[int]:
+        return self.batch([text], special=special, keep_end=True)[0]
+
+    def batch(
+        self, texts: Sequence[str], *, special: bool, keep_end: bool = False
+    ) -> list[list[int]]:
+        """Ids of each text, with the tokenizer's start marks if `special`, never its end marks."""
+        unique = list(dict.fromkeys(texts))
+        if not unique:
+            return []
+        out: list[list[int]] = self._tokenizer(
+            unique,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        if special and not keep_end and self._n_suffix:
+            out = [ids[: -self._n_suffix] for ids in out]
+        at = dict(zip(unique, out, strict=True))
+        return [at[text] for text in texts]
+
+    def apart(self, text: str, source: str) -> list[int]:
+        """Ids of a text that follows another, without special tokens or a dummy prefix."""
+        if not self._dummy:
+            return self(text, special=False)
+        for anchor in _ANCHORS:
+            head, both = self(anchor, special=False), self(anchor + text, special=False)
+            if both[: len(head)] == head:
+                return both[len(head) :]
+        raise DataError(f"{source}: need a text that can follow another, got {text[:40]!r}")
+
+
+def _encode(encoder: _Encoder, texts: list[_Text], sources: list[str], special: bool) -> list[_Ids]:
+    """Tokens of each text, boundary by boundary: joint where that keeps all ids before it."""
+    prompts = encoder.batch([t.prompt for t in texts], special=special)
+    out = [_Ids(list(ids)) for ids in prompts]
+    so_far = [t.prompt for t in texts]
+    for step in range(max((len(t.segments) for t in texts), default=0)):
+        live = [i for i, t in enumerate(texts) if step < len(t.segments)]
+        for i in live:
+            so_far[i] += texts[i].segments[step][0]
+        joint = encoder.batch([so_far[i] for i in live], special=special)
+        for i, ids in zip(live, joint, strict=True):
+            text, scored = texts[i].segments[step]
+            one = out[i]
+            before = one.prompt + one.ids
+            if ids[: len(before)] == before:
+                new = ids[len(before) :]
+            else:
+                one.apart = True
+                new = encoder.apart(text, sources[i])
+            one.ids += new
+            one.scored += [scored] * len(new)
+    return out
+
+
+# --- chat templates: messages -> text
+
+
+class _Template:
+    """A tokenizer's chat template and how its replies end."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], stops: set[int]):
+        self._tokenizer = tokenizer
+        self._kwargs = kwargs
+        added = tokenizer.added_tokens_decoder
+        marks = {i for i, token in added.items() if token.special} | stops
+        named = (str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(marks))
+        self._ends = tuple(named)
+
+    def _render(self, example: Example, messages: list[Message], reply_next: bool) -> str:
+        kwargs = {**self._kwargs, **(example.template_kwargs or {})}
+        text = self._tokenizer.apply_chat_template(
+            messages,
+            tools=example.tools,
+            tokenize=False,
+            add_generation_prompt=reply_next,
+            **kwargs,
+        )
+        return str(text)
+
+    def _marked(self, example: Example, messages: list[Message]) -> list[tuple[int, int]] | None:
+        """Where the template's {% generation %} marks stand, None for a template without."""
+        template = self._tokenizer.get_chat_template(None, example.tools)
+        if not _GENERATION_MARK.search(template):
+            return None
+        kwargs = {**self._kwargs, **(example.template_kwargs or {})}
+        rendered: Any = render_jinja_template(  # (texts, spans), whatever its annotation says
+            conversations=[messages],
+            tools=example.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **kwargs},
+        )
+        return [(start, end) for start, end in rendered[1][0]]
+
+    def _turns(
+        self, example: Example, completion: list[Message], prompt: str, full: str, reply_next: bool
+    ) -> list[tuple[int, int]]:
+        """Each assistant turn's place in `full`, by what the template adds turn after turn."""
+        assert isinstance(example.prompt, list)
+        spans = []
+        for n, message in enumerate(completion):
+            if message["role"] != "assistant":
+                continue
+            before = example.prompt + completion[:n]
+            start = self._render(example, before, True) if n or not reply_next else prompt
+            last = n == len(completion) - 1
+            end = full if last else self._render(example, [*before, message], False)
+            for text in (start, end):
+                if not full.startswith(text):
+                    raise _refusal(example, len(before), text, full)
+            spans.append((len(start), len(end)))
+        return spans
+
+    def _turn_end(self, turn: str) -> int:
+        """Length without the white space that the template puts after the stop token."""
+        kept = turn.rstrip()
+        return len(kept) if kept.endswith(self._ends) else len(turn)
+
+    def texts(self, example: Example) -> list[_Text]:
+        """The prompt and the segments of each completion of a row of message lists."""
+        assert isinstance(example.prompt, list)
+        lists = [c for c in example.completions if isinstance(c, list)]
+        reply_next = all(messages[0]["role"] == "assistant" for messages in lists)
+        prompt = self._render(example, example.prompt, reply_next)
+        out = []
+        for completion in lists:
+            full = self._render(example, example.prompt + completion, False)
+            if not full.startswith(prompt):
+                raise _refusal(example, len(example.prompt), prompt, full)
+            spans = self._marked(example, example.prompt + completion)
+            if spans is None:
+                spans = self._turns(example, completion, prompt, full, reply_next)
+            segments, at = [], len(prompt)
+            for start, end in spans:
+                start = max(start, at)
+                end = start + self._turn_end(full[start:end])
+                if start > at:
+                    segments.append((full[at:start], False))
+                if end > start:
+                    segments.append((full[start:end], True))
+                    at = end
+                else:
+                    at = start
+            out.append(_Text(prompt, segments))
+        return out
+
+
+def _refusal(example: Example, turn: int, need: str, full: str) -> DataError:
+    same = next((i for i, (a, b) in enumerate(zip(need, full, strict=False)) if a != b), len(full))
+    return DataError(
+        f"{example.source}: turn {turn}: need a chat template that leaves what it wrote"
+        f" when turns follow, got {full[same : same + 40]!r} where it had {need[same : same + 40]!r}; use a"
+        " template with {% generation %} marks, or rows with one assistant turn after the prompt"
+    )
+
+
+# --- truncation
+
+
+def _truncate_prompt(prompt: list[int], keep: int, bos: int | None) -> list[int]:
+    """The last `keep` tokens, a leading BOS counted among them."""
+    if len(prompt) <= keep:
+        return prompt
+    if prompt[0] == bos and keep > 1:
+        return [prompt[0], *prompt[len(prompt) - keep + 1 :]]
+    return prompt[len(prompt) - keep :]
+
+
+def _fit(
+    prompt: list[int],
+    completions: list[_Ids],
+    max_length: int,
+    mode: TruncationMode,
+    bos: int | None,
+) -> tuple[list[int], int]:
+    """Cut a group to `max_length`; how many completions were cut."""
+    longest = max(len(c.ids) for c in completions)
+    if mode == "keep_start":
+        keep = max(max_length - longest, max_length // 2)
+    else:
+        keep = max(max_length - longest, 1)
+    prompt = _truncate_prompt(prompt, keep, bos)
+    room = max_length - len(prompt)
+    cut = [c for c in completions if len(c.ids) > room]
+    for c in cut:
+        place = slice(0, room) if mode == "keep_start" else slice(len(c.ids) - room, None)
+        c.ids, c.scored = c.ids[place], c.scored[place]
+    return prompt, len(cut)
+
+
+# --- the public function
+
+
+def _start(prompt: list[int], completions: list[_Ids], bos: int | None, source: str) -> list[int]:
+    """A prompt of at least one token: BOS, else the completions' shared first token."""
+    if prompt:
+        return prompt
+    if bos is not None:
+        return [bos]
+    first = {c.ids[0] for c in completions}
+    if len(first) > 1 or any(len(c.ids) < 2 for c in completions):
+        got = "an empty prompt and no first token that the completions share"
+        raise DataError(f"{source}: need a prompt, or a tokenizer with a BOS token, got {got}")
+    for c in completions:
+        c.ids, c.scored = c.ids[1:], c.scored[1:]
+    return [first.pop()]
+
+
+def _encode_strings(
+    encoder: _Encoder, examples: list[Example], eos: int | None
+) -> list[list[_Ids]]:
+    texts = [_Text(str(e.prompt), [(str(c), True)]) for e in examples for c in e.completions]
+    sources = [e.source for e in examples for _ in e.completions]
+    if texts and eos is None:
+        raise ValueError("need a tokenizer with an EOS token to end strings, got none")
+    flat = _encode(encoder, texts, sources, True)
+    for one in flat:
+        if eos is not None and one.ids[-1:] != [eos]:
+            one.ids.append(eos)
+            one.scored.append(True)
+    return _regroup(flat, examples)
+
+
+def _encode_chats(
+    encoder: _Encoder, examples: list[Example], make_template: Callable[[], _Template]
+) -> list[list[_Ids]]:
+    texts: list[_Text] = []
+    sources = [e.source for e in examples for _ in e.completions]
+    template = make_template() if examples else None
+    for e in examples:
+        assert template is not None
+        try:
+            texts += template.texts(e)
+        except DataError:
+            raise
+        except Exception as error:  # a template may raise anything: jinja's errors, Python's
+            got = f"{type(error).__name__}: {error}"
+            need = "messages that the chat template takes"
+            raise DataError(f"{e.source}: need {need}, got {got}") from error
+    return _regroup(_encode(encoder, texts, sources, False), examples)
+
+
+def _regroup(flat: list[_Ids], examples: list[Example]) -> list[list[_Ids]]:
+    each = iter(flat)
+    return [[next(each) for _ in e.completions] for e in examples]
+
+
+def tokenize(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: TruncationMode = "keep_start",
+    template_kwargs: dict[str, Any] | None = None,
+    generation_config: Any = None,
+) -> tuple[list[Group], dict[str, int]]:
+    """Token ids of each example, cut to `max_length`.
+
+    Strings. The prompt's ids are `tokenizer(prompt)`; a completion's are the rest of
+    `tokenizer(prompt + completion)` where that begins with the prompt's ids, otherwise those of the
+    completion by itself, without special tokens or SentencePiece's dummy space. EOS is appended
+    unless it is there. An empty prompt becomes BOS; for a tokenizer without one, the completion's
+    first token is the prompt and is not scored.
+
+    Message lists. The prompt is the template's text of the prompt messages and its generation
+    prompt; a completion is what the template yields after it, up to the last assistant turn's stop
+    token: white space after a stop (or other special) token is the template's and is not scored,
+    and what follows the last scored token is left out. Scored is what {% generation %} marks
+    enclose, in a template without them each assistant turn, found as the text by which the template
+    extends the turns before it. A template that rewrites earlier turns is refused. Completions that
+    start with another role follow the prompt without a generation prompt.
+
+    Truncation. prompt + completion has at most `max_length` tokens for every completion.
+    keep_start: a prompt keeps its last max(max_length - longest completion, max_length // 2)
+    tokens, a leading BOS counted among them, then completions lose their end (and so their EOS).
+    keep_end: a prompt keeps its last max(max_length - longest completion, 1) tokens, then
+    completions lose their start. The prompt stays shared. Afterwards a group is dropped if all of
+    its completions (of two or more) have the same tokens or if one has no scored token.
+
+    Args:
+        examples: rows of `load_examples` or `to_examples`.
+        tokenizer: any transformers tokenizer.
+        max_length: tokens, at least 2; None for no limit.
+        truncation_mode: "keep_start" or "keep_end".
+        template_kwargs: for the chat template; a row's own take precedence.
+        generation_config: whose EOS ids end a reply, beside the tokenizer's.
+
+    Returns:
+        Groups in the order of the examples, and counts: truncated_prompts (groups),
+        truncated_completions, boundary_differs (completions tokenised apart), dropped_identical and
+        dropped_empty (groups).
+
+    Raises:
+        DataError: a row that the template refuses or rewrites, or nothing left to learn from.
+        ValueError: a bad option, or a tokenizer without EOS or without the chat template needed.
+    """
+    if truncation_mode not in get_args(TruncationMode):
+        raise ValueError(f"need truncation_mode keep_start or keep_end, got {truncation_mode!r}")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"need max_length of at least 2 (a prompt and a reply), got {max_length}")
+    examples = list(examples)
+    encoder = _Encoder(tokenizer)
+    bos = tokenizer.bos_token_id
+
+    def template() -> _Template:
+        if not tokenizer.chat_template:
+            raise ValueError("need a tokenizer with a chat template for message lists, got none")
+        stops = stop_token_ids(tokenizer, generation_config)
+        return _Template(tokenizer, template_kwargs or {}, stops)
+
+    strings = [e for e in examples if isinstance(e.prompt, str)]
+    chats = [e for e in examples if not isinstance(e.prompt, str)]
+    of_strings = iter(_encode_strings(encoder, strings, tokenizer.eos_token_id))
+    of_chats = iter(_encode_chats(encoder, chats, template))
+    names = ("truncated_prompts", "truncated_completions", "boundary_differs")
+    counts = dict.fromkeys((*names, "dropped_identical", "dropped_empty"), 0)
+    groups, first_apart = [], ""
+    for e in examples:
+        completions = next(of_strings if isinstance(e.prompt, str) else of_chats)
+        apart = sum(c.apart for c in completions)
+        counts["boundary_differs"] += apart
+        first_apart = first_apart or (e.source if apart else "")
+        if not all(any(c.scored) for c in completions):
+            counts["dropped_empty"] += 1
+            continue
+        prompt = _start(completions[0].prompt, completions, bos, e.source)
+        whole = len(prompt)
+        if max_length is not None:
+            prompt, cut = _fit(prompt, completions, max_length, truncation_mode, bos)
+            counts["truncated_completions"] += cut
+            counts["truncated_prompts"] += len(prompt) < whole
+        if not all(any(c.scored) for c in completions):
+            counts["dropped_empty"] += 1
+        elif len(completions) > 1 and all(c.ids == completions[0].ids for c in completions):
+            counts["dropped_identical"] += 1
+        else:
+            scored = tuple(None if all(c.scored) else c.scored for c in completions)
+            ids = tuple(c.ids for c in completions)
+            groups.append(Group(prompt, ids, scored, e.row, {**e.extras}))
+    if counts["boundary_differs"]:
+        total = sum(len(e.completions) for e in examples)
+        warnings.warn(
+            f"{counts['boundary_differs']} of {total} completions were tokenised apart from what"
+            f" stands before them, whose last tokens would change (first: {first_apart}); to avoid"
+            " it, end prompts on a token boundary, for instance without trailing white space",
+            stacklevel=2,
+        )
+    if examples and not groups:
+        gone = f"{counts['dropped_empty']} empty, {counts['dropped_identical']} identical"
+        need = f"{examples[0].source}: need something to learn from"
+        raise DataError(f"{need}, got {len(examples)} groups all dropped ({gone})")
+    return groups, counts

@@ -1,0 +1,1 @@
+"""Methods: a batch in, loss sums and metrics out."""

@@ -1,0 +1,1 @@
+"""Models, their heads and their attention."""

@@ -1,0 +1,268 @@
+"""A causal language model as a trunk and a head that gives log-probs without logits.
+
+Letters: T tokens, H hidden size, V vocabulary, M scored tokens.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, overload
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fastpref.data.packing import Batch
+from fastpref.kernels.linear_logp import linear_logp_stats
+from fastpref.kernels.logp_from_logits import TokenStats
+from fastpref.models.attention import NAME, ModelError
+
+log = logging.getLogger(__name__)
+
+# model type -> (config attribute, whether the logits are divided by it)
+_LOGIT_SCALE = {
+    "cohere": ("logit_scale", False),
+    "cohere2": ("logit_scale", False),
+    "cohere2_moe": ("logit_scale", False),
+    "cohere_compass_text": ("logit_scale", False),
+    "falcon_h1": ("lm_head_multiplier", False),
+    "granite": ("logits_scaling", True),
+    "granite_swa": ("logits_scaling", True),
+    "granitemoe": ("logits_scaling", True),
+    "granitemoe_swa": ("logits_scaling", True),
+    "granitemoehybrid": ("logits_scaling", True),
+    "granitemoeshared": ("logits_scaling", True),
+    "hyperclovax": ("logits_scaling", False),  # the same name, but multiplied
+    "inkling_text": ("logits_mup_width_multiplier", True),
+    "minicpm3": ("logits_scaling", True),
+}
+_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """What the model multiplies its logits by, read from its config; 1 where nothing is said."""
+    name, divides = _LOGIT_SCALE.get(config.model_type, ("", False))
+    value = getattr(config, name, None) if name else None
+    if value is None:
+        return 1.0
+    return 1.0 / float(value) if divides else float(value)
+
+
+def logit_softcap(config: PretrainedConfig) -> float | None:
+    """The cap of cap * tanh(logits / cap), read from the config; None where there is none."""
+    values = [value for name in _LOGIT_CAPS if (value := getattr(config, name, None)) is not None]
+    return float(values[0]) if values else None
+
+
+class LogpHead(nn.Linear):
+    """nn.Linear that can also score targets straight from hidden states.
+
+    The weight is read inside this forward and nowhere else, so that ZeRO-3 and FSDP gather it.
+
+    Args:
+        linear: the head to replace; its parameters are taken over, not copied.
+        scale: what the model multiplies its logits by.
+        softcap: the cap of cap * tanh(logits / cap), after the scale; None for none.
+    """
+
+    def __init__(self, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None):
+        super().__init__(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.logit_scale = scale
+        self.softcap = softcap
+        self.train(linear.training)
+
+    @overload
+    def forward(self, hidden: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        *,
+        rows: Tensor | None = None,
+        outputs: tuple[str, ...] = (),
+        temperature: float = 1.0,
+    ) -> TokenStats: ...
+
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        outputs: tuple[str, ...] = (),
+        temperature: float = 1.0,
+    ) -> Tensor | TokenStats:
+        """Logits (..., V) of nn.Linear without target; with it linear_logp_stats: log-probs (M,)
+        in nats and the named statistics, scale and cap included.
+        """
+        if target is None:
+            return super().forward(hidden)
+        return linear_logp_stats(
+            hidden,
+            self.weight,
+            target,
+            bias=self.bias,
+            rows=rows,
+            temperature=temperature,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            outputs=outputs,
+        )
+
+
+def head_of(model: Any) -> nn.Module:
+    """The module that a CausalLM makes its logits with."""
+    head: nn.Module = model.get_output_embeddings()
+    return head
+
+
+def trunk_of(model: Any) -> nn.Module:
+    """The module that a CausalLM makes the head's hidden states with."""
+    trunk: nn.Module = model.get_decoder()
+    return trunk
+
+
+def _check_class(model: PreTrainedModel) -> None:
+    who, config = type(model).__name__, model.config
+    if config.is_encoder_decoder:
+        raise ModelError(f"need a decoder-only language model, got the encoder-decoder {who}")
+    extra = [name for name in ("vision_config", "audio_config") if getattr(config, name, None)]
+    if extra or config.get_text_config() is not config:
+        raise ModelError(f"need a model of text alone, got {who} with {extra or 'a text_config'}")
+    if getattr(config, "attention_chunk_size", None):
+        raise ModelError(f"need attention over whole sequences, got {who} with chunked attention")
+    head = head_of(model)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"need a language model whose head is an nn.Linear, got {who} with"
+            f" {type(head).__name__} as head"
+        )
+    if trunk_of(model) is model:
+        raise ModelError(f"need a model made of a trunk and a head, got {who} without a trunk")
+
+
+def _replace_head(model: PreTrainedModel) -> None:
+    old = head_of(model)
+    if isinstance(old, LogpHead) or not isinstance(old, nn.Linear):
+        return
+    name = next(name for name, module in model.named_modules() if module is old)
+    new = LogpHead(old, scale=logit_scale(model.config), softcap=logit_softcap(model.config))
+    model.set_submodule(name, new)
+    if head_of(model) is not new:
+        raise ModelError(f"need a head that can be replaced, got {type(model).__name__}.{name}")
+
+
+def _plain_attention(model: PreTrainedModel) -> str:
+    name: str = model.config._attn_implementation
+    if name == NAME:  # wrapped before
+        name = model.get_correct_attn_implementation(None)
+    # transformers 5.17 lets SDPA drop the cap without a word
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return "eager" if capped and name == "sdpa" else name
+
+
+def _turn_dropout_off(model: PreTrainedModel) -> int:
+    # rates, not modes: train() must still reach gradient checkpointing, which reads module.training
+    count = 0
+    for module in model.modules():
+        names = [name for name, x in vars(module).items() if isinstance(x, float) and x > 0]
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        for name in names:
+            if "drop" in name or (is_dropout and name == "p"):
+                setattr(module, name, 0.0)
+                count += 1
+    return count
+
+
+class LogpModel(nn.Module):
+    """A transformers CausalLM that scores packed batches.
+
+    Its head becomes a LogpHead on the same parameters and its attention fastpref's; its dropout
+    rates are set to 0, with a line in the log. Saving `.model` saves what was loaded: neither
+    change reaches the weights or the config.
+
+    Args:
+        model: decoder-only, text alone, head an nn.Linear.
+
+    Raises:
+        ModelError: the model is of a kind that cannot be trained this way.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        _check_class(model)
+        _replace_head(model)
+        if off := _turn_dropout_off(model):
+            log.warning("dropout is off: %d rates of %s set to 0", off, type(model).__name__)
+        self._plain_attention = _plain_attention(model)
+        self.model = model
+        self._set_attention(NAME)
+
+    def _set_attention(self, name: str) -> None:
+        self.model.set_attn_implementation(name)
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel):
+                got = module.config._attn_implementation
+                if got != name:
+                    raise ModelError(
+                        f"need a model whose attention goes through transformers'"
+                        f" AttentionInterface, got {type(module).__name__} that stays with {got!r}"
+                    )
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(T, H): what the head would read, of every token of the batch."""
+        if self.model.config._attn_implementation != NAME:  # else the segments go unread
+            raise ModelError("need a LogpModel outside plain(), got a call inside it")
+        out = trunk_of(self.model)(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            segments=batch.segments,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def forward(
+        self, batch: Batch, *, outputs: tuple[str, ...] = (), temperature: float = 1.0
+    ) -> TokenStats:
+        """Log-probs of the batch's targets.
+
+        Args:
+            batch: packed tokens, on the model's device.
+            outputs: names of further statistics of each row, as in linear_logp_stats.
+            temperature: divides the logits; > 0.
+
+        Returns:
+            TokenStats of (M,) in fp32, logp in nats; None where not asked for.
+        """
+        stats: TokenStats = head_of(self.model)(
+            self.hidden(batch),
+            batch.target,
+            rows=batch.rows,
+            outputs=outputs,
+            temperature=temperature,
+        )
+        return stats
+
+    def frozen_copy(self) -> "LogpModel":
+        """The same model with weights of its own that require no gradient: a reference."""
+        return LogpModel(copy.deepcopy(self.model)).requires_grad_(False).eval()
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        """Inside, self.model is an ordinary CausalLM with the attention it was loaded with:
+        generate() and model(...) work; calling the LogpModel does not.
+        """
+        self._set_attention(self._plain_attention)
+        try:
+            yield self.model
+        finally:
+            self._set_attention(NAME)

@@ -1,0 +1,295 @@
+"""Models and tokenizers from a local folder or a hub id, and the check before the first step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastpref.data.packing import pack
+from fastpref.data.tokenize import Group
+from fastpref.models.attention import ModelError
+from fastpref.models.head import LogpModel, head_of
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# dtype -> (mean, largest) difference in nats that rounding alone explains: ours keeps fp32 logits,
+# the plain model rounds them to its dtype, and the two sum attention in different orders
+_TOLERANCE = {
+    torch.float64: (1e-4, 1e-3),  # transformers' norms and rotations stay in fp32
+    torch.float32: (1e-4, 1e-3),
+    torch.float16: (0.01, 0.2),
+    torch.bfloat16: (0.05, 1.0),
+}
+_STILL = 1e-4  # mean movement in nats of log-probs that must not move at all
+_CHECKED_TOKENS = 128  # of the prompt and of a completion: the plain logits stay small
+
+
+def _check_folder(name_or_path: str, needed: dict[str, tuple[str, ...]]) -> None:
+    folder = Path(name_or_path)
+    if not folder.exists():
+        if name_or_path.startswith(("/", "./", "../", "~")):
+            raise ModelError(f"need an existing folder or a hub id, got {name_or_path}")
+        return
+    if not folder.is_dir():
+        raise ModelError(f"need a folder or a hub id, got the file {name_or_path}")
+    have = sorted(path.name for path in folder.iterdir())
+    for what, patterns in needed.items():
+        if not any(Path(name).match(pattern) for name in have for pattern in patterns):
+            hint = ""
+            if any(name.endswith((".bin", ".pt", ".pth")) for name in have):
+                hint = " (pickled weights are not read: save them again as safetensors)"
+            elif "adapter_config.json" in have:
+                hint = " (an adapter alone: merge it into its base model first)"
+            raise ModelError(
+                f"need {what} ({' or '.join(patterns)}) in {folder}, got {have or 'no file'}{hint}"
+            )
+
+
+def _load(load: Callable[..., Any], what: str, name_or_path: str, **options: Any) -> Any:
+    try:
+        return load(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        where = (
+            "the files of this folder"
+            if Path(name_or_path).exists()
+            else "a local folder, or a hub id and a network (or a cached copy)"
+        )
+        raise ModelError(f"need {where} to load the {what} of {name_or_path!r}: {error}") from error
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """A causal language model from a local folder or a hub id, from safetensors only.
+
+    Args:
+        name_or_path: a folder that holds config.json and *.safetensors, or a hub id.
+        dtype: of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: where to put it; None leaves it on the CPU.
+
+    Returns:
+        The transformers model, in eval mode.
+
+    Raises:
+        ModelError: files or weights are missing, or the model is no decoder-only language model.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"need dtype of {', '.join(_DTYPES)}, got {dtype!r}")
+    _check_folder(name_or_path, {"a config": ("config.json",), "weights": ("*.safetensors",)})
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _load(AutoConfig.from_pretrained, "config", name_or_path, **source)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"need a decoder-only language model, got {name_or_path} of the encoder-decoder type"
+            f" {config.model_type!r}"
+        )
+    model, info = _load(
+        AutoModelForCausalLM.from_pretrained,
+        "model",
+        name_or_path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **source,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"need every weight of {type(model).__name__} in {name_or_path}, got files without"
+            f" {missing[:5]}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
+        )
+    loaded: PreTrainedModel = model if device is None else model.to(device)
+    return loaded
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or a hub id, as it was saved. A pad token is not needed.
+
+    Raises:
+        ModelError: no tokenizer files, or no EOS token (completions end with it).
+    """
+    _check_folder(
+        name_or_path,
+        {"a tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")},
+    )
+    tokenizer: PreTrainedTokenizerBase = _load(
+        AutoTokenizer.from_pretrained,
+        "tokenizer",
+        name_or_path,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"need a tokenizer with an EOS token, got {name_or_path} without one: set eos_token in"
+            " its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ModelError where the tokenizer can make an id that the model has no row for."""
+    rows = model.config.get_text_config().vocab_size  # not the weight: it is empty under ZeRO-3
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"need a model with a row for each of the tokenizer's {len(tokenizer)} tokens, got"
+            f" {rows} rows: model and tokenizer do not belong together, or the model's embeddings"
+            " were not resized"
+        )
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    before = {child: child.training for child in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for child, mode in before.items():
+            child.training = mode
+
+
+def _ours(model: LogpModel, groups: list[Group]) -> list[Tensor]:
+    # log-probs of each completion, groups packed into one row
+    batch = pack(groups).to(next(model.parameters()).device)
+    logp = model(batch).logp
+    return list(logp.split(batch.completions.diff().tolist()))
+
+
+def _plain(model: LogpModel, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    # log-probs of each completion run alone through model(...), and what the head read
+    logps, hidden = [], []
+    head = head_of(model.model)
+    hook = head.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
+    try:
+        with model.plain() as plain:
+            for completion in group.completions:
+                ids = torch.tensor([group.prompt + completion], device=plain.device)
+                logits = plain(input_ids=ids, use_cache=False).logits[0]
+                logits = logits[len(group.prompt) - 1 : -1]
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                target = ids[0, len(group.prompt) :, None]
+                logps.append(logits.log_softmax(-1).gather(-1, target)[:, 0])
+    finally:
+        hook.remove()
+    return logps, hidden
+
+
+def _too_far(got: list[Tensor], want: list[Tensor], limits: tuple[float, float]) -> str | None:
+    # the largest difference in words, None where all is within the limits
+    gaps = [(g.double() - w.double()).abs() for g, w in zip(got, want, strict=True)]
+    every = torch.cat(gaps)
+    mean, largest = float(every.mean()), float(every.max())
+    if mean <= limits[0] and largest <= limits[1]:  # false for NaN
+        return None
+    worst = max(range(len(gaps)), key=lambda i: float(gaps[i].nan_to_num(torch.inf).max()))
+    token = int(gaps[worst].nan_to_num(torch.inf).argmax())
+    return (
+        f"{largest:.3g} nats at token {token} of completion {worst} (got"
+        f" {float(got[worst][token]):.4f}, need {float(want[worst][token]):.4f}), mean"
+        f" {mean:.2g}; rounding explains {limits[1]:g} and {limits[0]:g}"
+    )
+
+
+def _cause(model: LogpModel, group: Group, plain_hidden: list[Tensor]) -> str:
+    # where one unshared sequence already parts from the plain model
+    batch = pack([group]).to(next(model.parameters()).device)
+    ours, plain = model.hidden(batch), plain_hidden[0]
+    rounding = max(1e-4, 10 * torch.finfo(ours.dtype).eps)
+    if not (ours - plain).norm() <= rounding * plain.norm():
+        return (
+            "the trunk gives other hidden states: a layer that does not use the registered"
+            " attention, or an input besides tokens and positions"
+        )
+    head = head_of(model.model)
+    return (
+        "trunk and hidden states agree, so something stands between the trunk and the"
+        f" probabilities that the config does not say (read from it: scale {head.logit_scale:g},"
+        f" softcap {head.softcap})"
+    )
+
+
+def _has_experts(model: LogpModel) -> bool:
+    # another token changes how many rows each expert multiplies, and so the order of its sums
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return any(getattr(model.model.config, name, None) for name in names)
+
+
+def _cut(group: Group) -> Group:
+    completions = tuple(c[:_CHECKED_TOKENS] for c in group.completions)
+    return Group(
+        prompt=group.prompt[-_CHECKED_TOKENS:],
+        completions=completions,
+        scored=(None,) * len(completions),
+        row=group.row,
+        extras={},
+    )
+
+
+@torch.no_grad()
+def check_agreement(model: LogpModel, group: Group) -> None:
+    """Run one row through the plain model(...) and through fastpref's packed form of it.
+
+    The plain log-probs are those of each completion alone. Ours must agree with them alone, shared
+    in a group, and beside another group; changing one completion must move no other; training
+    mode must change nothing. At most 128 tokens of the prompt and of each completion are used.
+
+    Args:
+        model: on its final device and in its final dtype.
+        group: any row of the data.
+
+    Raises:
+        ModelError: it does not agree; names the largest difference in nats, the token, the cause.
+    """
+    group = _cut(group)
+    dtype = next(model.parameters()).dtype
+    limits = _TOLERANCE[dtype]
+    who = f"{type(model.model).__name__} in {str(dtype).removeprefix('torch.')}"
+    refusal = f"need packed log-probs equal to those of the plain model, got from {who}"
+    with _mode(model, training=False):
+        plain, hidden = _plain(model, group)
+        first = replace(group, completions=group.completions[:1], scored=group.scored[:1])
+        if gap := _too_far(_ours(model, [first]), plain[:1], limits):
+            cause = _cause(model, first, hidden)
+            raise ModelError(f"{refusal} a difference of {gap}. Likely cause: {cause}.")
+        twice = _ours(model, [group, group])
+        mixes = (
+            "a layer mixes tokens outside the registered attention (a recurrent state, a"
+            " convolution), so completions cannot share a prompt or a row"
+        )
+        if gap := _too_far(twice, plain + plain, limits):
+            raise ModelError(f"{refusal} a difference of {gap}. Likely cause: {mixes}.")
+        # the same shapes again, so the same roundings: far sharper than the agreement above
+        still = (limits[0] if _has_experts(model) else _STILL, limits[0])
+        one, *others = group.completions
+        vocab = model.model.config.vocab_size
+        changed = replace(group, completions=([(t + 1) % vocab for t in one], *others))
+        if gap := _too_far(_ours(model, [changed, group])[1:], twice[1:], still):
+            raise ModelError(
+                f"{refusal} log-probs that move when another completion changes, by {gap}."
+                f" Likely cause: {mixes}."
+            )
+    with _mode(model, training=True):
+        if gap := _too_far(_ours(model, [group, group]), twice, still):
+            raise ModelError(
+                f"{refusal} other log-probs in training mode, by {gap}. Likely cause: dropout or"
+                " noise that is not a rate on a module."
+            )

@@ -1,0 +1,270 @@
+"""The control experiment of the DPO paper in miniature: corpus, SFT, sampled pairs, DPO, frontier.
+
+Every stage is the one that the real commands use; only the corpus and its gold reward are made.
+Source: arXiv:2305.18290, section 6.1 (there: film reviews, GPT-2 large, a sentiment classifier).
+"""
+
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.data.formats import Example
+from fastpref.data.synthetic import gold_reward, reviews
+from fastpref.data.tokenize import tokenize
+from fastpref.evaluate.frontier import Standing, mean_and_error, standing, text_of
+from fastpref.models.head import LogpModel
+from fastpref.models.tiny import tiny_model, tiny_tokenizer
+from fastpref.rollout.generate import SamplingParams, generate
+from fastpref.train.config import ConfigError, DPOConfig, SFTConfig
+from fastpref.train.run import dpo, sft
+
+MAX_NEW_TOKENS = 48
+
+
+@dataclass(kw_only=True)
+class QuickstartConfig:
+    """The whole way in miniature."""
+
+    output_dir: str = "runs/quickstart"
+    """Folder of the summary and of every stage's run."""
+    seed: int = 0
+    """Seed of the corpus, the model, the sampling and the training; the first one of several."""
+    seeds: int = 1
+    """How many seeds to run; the summary holds their mean."""
+    reviews: int = 3000
+    """Reviews that the model is fine-tuned on."""
+    prompts: int = 384
+    """Prompts whose sampled completions become preference pairs."""
+    samples_per_prompt: int = 4
+    """Completions per prompt; the best and the worst by gold reward make a pair."""
+    eval_prompts: int = 256
+    """Held-out prompts for the gold reward and the KL."""
+    beta: float = 0.1
+    """DPO's strength of the pull to the SFT model."""
+    learning_rate: float = 3e-4
+    """DPO's peak learning rate (the model is tiny)."""
+    num_train_epochs: float = 2.0
+    """DPO's passes over the pairs."""
+    loss_type: str = "sigmoid"
+    """DPO's loss."""
+    shuffle_preferences: bool = False
+    """Swap chosen and rejected by coin: the control that must not raise the reward."""
+
+    def __post_init__(self) -> None:
+        for key in ("seeds", "reviews", "prompts", "eval_prompts"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"need {key} of at least 1, got {getattr(self, key)}")
+        if self.samples_per_prompt < 2:
+            raise ConfigError(f"need samples_per_prompt above 1, got {self.samples_per_prompt}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One seed's figures."""
+
+    seed: int
+    gold_reward_before: float
+    gold_reward_before_se: float
+    gold_reward_after: float
+    gold_reward_after_se: float
+    kl: float
+    kl_se: float
+    accuracy: float
+    """Share of held-out pairs whose chosen completion has the higher implicit reward."""
+    pairs: int
+    seconds: float
+
+
+def quickstart(config: QuickstartConfig) -> dict[str, Any]:
+    """Run every seed, print the table and some completions, write ``summary.json``.
+
+    Returns:
+        The summary: means over seeds of gold_reward_before, gold_reward_after, kl (nats) and
+        accuracy, the seconds it all took, and each seed's own figures under ``runs``.
+    """
+    began = time.perf_counter()
+    root = Path(config.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    outcomes, shown = [], []
+    for seed in range(config.seed, config.seed + config.seeds):
+        outcome, samples = one_seed(config, seed, root / f"seed-{seed}")
+        outcomes.append(outcome)
+        shown = shown or samples
+    summary = summarise(config, outcomes, time.perf_counter() - began)
+    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (root / "samples.json").write_text(json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
+    show(summary, outcomes, shown)
+    return summary
+
+
+def one_seed(
+    config: QuickstartConfig, seed: int, folder: Path
+) -> tuple[Outcome, list[dict[str, str]]]:
+    """Corpus, SFT, pairs, DPO and both standings for one seed."""
+    began = time.perf_counter()
+    corpus = reviews(config.reviews, seed)
+    rows = [{"prompt": r.prompt, "completion": r.completion} for r in corpus]
+    data = write_jsonl(folder / "reviews.jsonl", rows)
+    tokenizer = tiny_tokenizer([r.prompt + r.completion for r in corpus], vocab_size=512)
+    base = tiny_model(tokenizer, hidden_size=96, num_layers=2, num_heads=4, seed=seed)
+    common = {"seed": seed, "resume": "auto", "gradient_checkpointing": False, "max_length": 96}
+    stage = {"save_strategy": "no", "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    tuned = sft(
+        SFTConfig(
+            dataset_name=str(data),
+            output_dir=str(folder / "sft"),
+            per_device_train_batch_size=64,
+            num_train_epochs=3,
+            learning_rate=3e-3,
+            logging_steps=20,
+            **common,
+            **stage,
+        ),
+        model=base,
+        tokenizer=tokenizer,
+    )
+    reference = tuned.model.frozen_copy()
+    fresh = [r.prompt for r in reviews(config.prompts + config.eval_prompts, seed + 10_000)]
+    prompts = token_ids(fresh, tokenizer)
+    train_prompts, eval_prompts = prompts[: config.prompts], prompts[config.prompts :]
+    before = judge(reference, reference, tokenizer, eval_prompts, seed)
+    rng = random.Random(seed)
+    pairs = sampled_pairs(config, reference, tokenizer, fresh[: config.prompts], train_prompts, rng)
+    held = sampled_pairs(config, reference, tokenizer, fresh[config.prompts :], eval_prompts, rng)
+    trained = dpo(
+        DPOConfig(
+            dataset_name=str(write_jsonl(folder / "pairs.jsonl", pairs)),
+            eval_dataset_name=str(write_jsonl(folder / "held_out_pairs.jsonl", held)),
+            eval_strategy="epoch",
+            output_dir=str(folder / "dpo"),
+            per_device_train_batch_size=32,
+            num_train_epochs=config.num_train_epochs,
+            learning_rate=config.learning_rate,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            logging_steps=5,
+            **common,
+            **stage,
+        ),
+        model=tuned.model,
+        tokenizer=tokenizer,
+    )
+    after = judge(trained.model, reference, tokenizer, eval_prompts, seed)
+    outcome = Outcome(
+        seed=seed,
+        gold_reward_before=before.reward,
+        gold_reward_before_se=before.reward_se,
+        gold_reward_after=after.reward,
+        gold_reward_after_se=after.reward_se,
+        kl=after.kl,
+        kl_se=after.kl_se,
+        accuracy=trained.metrics["eval_rewards/accuracies"],
+        pairs=len(pairs),
+        seconds=time.perf_counter() - began,
+    )
+    openings = fresh[config.prompts :]
+    samples = [
+        {"prompt": p, "before": b, "after": a}
+        for p, b, a in zip(openings[:4], before.texts, after.texts, strict=False)
+    ]
+    return outcome, samples
+
+
+def token_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Prompts as the trainer tokenises them."""
+    examples = [Example(p, (" .",), i, f"prompt[{i}]", {}) for i, p in enumerate(prompts)]
+    groups, _ = tokenize(examples, tokenizer, max_length=None)
+    return [group.prompt for group in groups]
+
+
+def judge(
+    policy: LogpModel, reference: LogpModel, tokenizer: Any, prompts: list[list[int]], seed: int
+) -> Standing:
+    options = {"n": 2, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed + 1}
+    return standing(policy, reference, tokenizer, prompts, gold_reward, **options)
+
+
+def sampled_pairs(
+    config: QuickstartConfig,
+    model: LogpModel,
+    tokenizer: Any,
+    texts: list[str],
+    prompts: list[list[int]],
+    rng: random.Random,
+) -> list[dict[str, str]]:
+    """The best and the worst completion of each prompt by gold reward; ties make no pair."""
+    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
+    n = config.samples_per_prompt
+    sampled = generate(model, tokenizer, prompts, n, params, seed=rng.randrange(2**31))
+    pairs = []
+    for prompt, row in zip(texts, sampled, strict=True):
+        finished = [text_of(tokenizer, c) for c in row if c.finished]
+        ranked = sorted(finished, key=gold_reward)
+        if len(ranked) > 1 and gold_reward(ranked[-1]) > gold_reward(ranked[0]):
+            chosen, rejected = ranked[-1], ranked[0]
+            if config.shuffle_preferences and rng.random() < 0.5:
+                chosen, rejected = rejected, chosen
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def summarise(
+    config: QuickstartConfig, outcomes: list[Outcome], seconds: float
+) -> dict[str, Any]:
+    """Means over seeds; the gain's standard error is over seeds where there are several."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(o, name) for o in outcomes) / len(outcomes)
+
+    gains = [o.gold_reward_after - o.gold_reward_before for o in outcomes]
+    if len(gains) > 1:
+        gain, gain_se = mean_and_error(torch.tensor(gains, dtype=torch.float64))
+    else:
+        one = outcomes[0]
+        gain, gain_se = gains[0], (one.gold_reward_before_se**2 + one.gold_reward_after_se**2) ** 0.5
+    return {
+        "gold_reward_before": mean("gold_reward_before"),
+        "gold_reward_after": mean("gold_reward_after"),
+        "gain": gain,
+        "gain_se": gain_se,
+        "kl": mean("kl"),
+        "accuracy": mean("accuracy"),
+        "seconds": seconds,
+        "shuffle_preferences": config.shuffle_preferences,
+        "config": asdict(config),
+        "runs": [asdict(o) for o in outcomes],
+    }
+
+
+def show(summary: dict[str, Any], outcomes: list[Outcome], samples: list[dict[str, str]]) -> None:
+    console = Console()
+    table = Table(title="gold reward in [-1, 1], KL to the SFT model in nats (± standard error)")
+    for name in ("seed", "reward before", "reward after", "KL", "held-out accuracy", "seconds"):
+        table.add_column(name, justify="right")
+    for o in outcomes:
+        table.add_row(
+            str(o.seed),
+            f"{o.gold_reward_before:+.3f} ± {o.gold_reward_before_se:.3f}",
+            f"{o.gold_reward_after:+.3f} ± {o.gold_reward_after_se:.3f}",
+            f"{o.kl:.2f} ± {o.kl_se:.2f}",
+            f"{o.accuracy:.3f}",
+            f"{o.seconds:.0f}",
+        )
+    console.print(table)
+    console.print(f"gain {summary['gain']:+.3f} ± {summary['gain_se']:.3f} at a KL of {summary['kl']:.2f} nats")
+    for sample in samples:
+        for when in ("before", "after"):
+            console.print(f"{when:>6}: {sample['prompt']} |{sample[when]}", markup=False)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,288 @@
+"""What a run is told: one flat dataclass per method, with the keys and defaults of TRL 1.16."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+
+from fastpref.losses.preference import LOSSES, dpo_loss
+from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED
+
+Strategy = Literal["no", "steps", "epoch"]
+
+
+class ConfigError(ValueError):
+    """A key or a value that a run cannot honour."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The keys that every method shares."""
+
+    model_name_or_path: str | None = None
+    """Local folder or hub id of the model to train."""
+    model_revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+    dtype: str = "float32"
+    """Weights' dtype: float32, bfloat16, float16, or auto for the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+    dataset_name: str | None = None
+    """Local .json, .jsonl, .parquet file (or .gz of it), a folder of them, or a hub id."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set that has several."""
+    dataset_train_split: str = "train"
+    """Split to train on."""
+    dataset_test_split: str = "test"
+    """Split to evaluate on, when eval_dataset_name is not given."""
+    eval_dataset_name: str | None = None
+    """File, folder or hub id to evaluate on; without it the test split of dataset_name."""
+    turn_marker: str = "\n\nAssistant:"
+    """Text that opens an assistant's turn; finds the prompt in pairs of whole dialogues."""
+    skip_bad_rows: bool = False
+    """Count malformed rows instead of stopping at the first."""
+    max_length: int | None = 1024
+    """Most tokens of a prompt and one completion; None for no limit."""
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    """Which end of a text that is too long is kept."""
+
+    output_dir: str = "trainer_output"
+    """The run's folder: run.yaml, metrics.jsonl, checkpoints, and the final model."""
+    resume: str | None = None
+    """auto: go on from the newest complete checkpoint, or start; or a checkpoint's folder."""
+    seed: int = 42
+    """Seed of the data order and of everything else that is drawn."""
+    train_sampling_strategy: Literal["random", "sequential"] = "random"
+    """Order of the groups within an epoch."""
+
+    per_device_train_batch_size: int = 8
+    """Groups (SFT rows, preference pairs) per micro-batch and device."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    max_tokens_per_micro_batch: int | None = None
+    """Split an optimizer step by tokens instead of groups; the step's groups stay the same."""
+    num_train_epochs: float = 3.0
+    """Passes over the data."""
+    max_steps: int = -1
+    """Optimizer steps; above 0 it takes the place of num_train_epochs."""
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "linear"
+    """A schedule of transformers: linear, cosine, constant, constant_with_warmup, ..."""
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Further arguments of that schedule."""
+    warmup_steps: float = 0
+    """Steps of linear warm-up; below 1 a fraction of all steps."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices and embeddings (not of biases and norms)."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm; 0 for never."""
+
+    bf16: bool | None = None
+    """bfloat16 autocast over the weights' dtype; None: on CUDA, unless the weights are half."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward instead of keeping its activations."""
+    use_cpu: bool = False
+    """Stay on the CPU where there is a GPU."""
+    head_workspace: int | None = None
+    """Bytes that the log-prob head may use; None: 1 GiB on CUDA, 256 MiB on the CPU."""
+
+    logging_steps: float = 10
+    """Steps between log lines; below 1 a fraction of all steps."""
+    logging_first_step: bool = False
+    """Log step 1 too."""
+    eval_strategy: Strategy | None = None
+    """When to evaluate; None: every eval_steps if those are given, else at the end of each epoch
+    where eval_dataset_name is given, else never."""
+    eval_steps: float | None = None
+    """Steps between evaluations (logging_steps if None); below 1 a fraction of all steps."""
+    eval_on_start: bool = False
+    """Evaluate once before the first step."""
+    per_device_eval_batch_size: int = 8
+    """Groups per evaluation batch."""
+    save_strategy: Strategy = "steps"
+    """When to write a checkpoint."""
+    save_steps: float = 500
+    """Steps between checkpoints; below 1 a fraction of all steps."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep: the newest ones, and always the best."""
+    metric_for_best_model: str | None = None
+    """Evaluation metric that ranks checkpoints; None: loss."""
+    greater_is_better: bool | None = None
+    """Direction of that metric; None: lower for a loss, higher for anything else."""
+    load_best_model_at_end: bool = False
+    """Let the final model be the best checkpoint, not the last step."""
+    disable_tqdm: bool = False
+    """Plain lines instead of a progress bar on a terminal."""
+    local_rank: int = -1
+    """Set by a launcher."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError for the first value that no run could honour."""
+        at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "per_device_eval_batch_size")
+        at_least(self, 1, "max_tokens_per_micro_batch", "save_total_limit", "head_workspace")
+        at_least(self, 2, "max_length")
+        at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed")
+        at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon")
+        for key in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, key)
+            if value is not None and (value <= 0 or (value > 1 and value != int(value))):
+                raise ConfigError(f"need {key}: a whole number or a fraction of 1, got {value}")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ConfigError(
+                "need max_steps or num_train_epochs above 0, "
+                f"got {self.max_steps} and {self.num_train_epochs}"
+            )
+        from transformers import SchedulerType
+
+        known = [str(kind.value) for kind in SchedulerType]
+        if self.lr_scheduler_type not in known:
+            raise ConfigError(unknown("lr_scheduler_type", self.lr_scheduler_type, known))
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(
+                f"need dtype: auto, float32, bfloat16 or float16, got {self.dtype!r}"
+            )
+        if self.load_best_model_at_end and "no" in (self.save_strategy, self.eval_strategy):
+            raise ConfigError(
+                "need save_strategy and eval_strategy for load_best_model_at_end, got "
+                f"{self.save_strategy!r} and {self.eval_strategy!r}"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """A config from plain keys and values, after check_keys.
+
+        Raises:
+            ConfigError: an unknown key, one that cannot be honoured, or a bad value.
+        """
+        return cls(**check_keys(cls, values)[0])
+
+    def every(self, key: str, total_steps: int) -> int:
+        """Steps between two events, where below 1 the key is a fraction of all steps."""
+        value = float(getattr(self, key))
+        return max(1, math.ceil(value * total_steps) if value < 1 else int(value))
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: cross-entropy of completions, mean over the step's tokens."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+
+
+@dataclass(kw_only=True)
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation and its kin."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    beta: float = 0.1
+    """Strength of the pull to the reference; higher stays closer."""
+    loss_type: str | list[str] = "sigmoid"
+    """One preference loss or several, summed with loss_weights."""
+    loss_weights: list[float] | None = None
+    """A weight for each loss_type; None: 1 each."""
+    label_smoothing: float = 0.0
+    """Probability that a preference is flipped (conservative DPO)."""
+    precompute_ref_log_probs: bool = False
+    """Score the data with the reference once, before training, and keep no second model."""
+    precompute_ref_batch_size: int | None = None
+    """Pairs per batch of that pass; None: per_device_eval_batch_size."""
+
+    def loss_types(self) -> list[str]:
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    def check(self) -> None:
+        super().check()
+        for name in self.loss_types():
+            if name not in LOSSES:
+                raise ConfigError(unknown("loss_type", name, LOSSES))
+        if not self.loss_types():
+            raise ConfigError("need at least one loss_type, got []")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_types()):
+            raise ConfigError(
+                f"need one of loss_weights per loss_type {self.loss_types()}, "
+                f"got {self.loss_weights}"
+            )
+        at_least(self, 1, "precompute_ref_batch_size")
+        one = torch.ones(1)
+        for name in self.loss_types():
+            try:  # the loss itself knows which options it takes
+                dpo_loss(
+                    *(one, one, one, one),
+                    beta=self.beta,
+                    loss_type=name,
+                    label_smoothing=self.label_smoothing,
+                    chosen_lengths=one,
+                    rejected_lengths=one,
+                )
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+
+
+def at_least(config: TrainConfig, least: float, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and not value >= least:
+            raise ConfigError(f"need {key} of at least {least}, got {value}")
+
+
+def unknown(what: str, name: str, known: Any) -> str:
+    """The message for a name that is none of the known ones: it gives the nearest."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"; the nearest is {near[0]!r}" if near else ""
+    return f"unknown {what} {name!r}{hint}"
+
+
+def check_keys(
+    cls: type[TrainConfig], values: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Sort foreign keys out of a recipe.
+
+    Args:
+        cls: the config class that the values are for.
+        values: keys as in a YAML recipe or on a command line.
+
+    Returns:
+        The values that cls takes, and a line for each key that has no effect here.
+
+    Raises:
+        ConfigError: a key of TRL that cannot be honoured, or an unknown one with the nearest.
+    """
+    fields = {f.name for f in dataclasses.fields(cls)}
+    taken: dict[str, Any] = {}
+    notes = []
+    for given, value in values.items():
+        key = ALIASES.get(given, given)
+        if key in fields:
+            if key in taken and taken[key] != value:
+                raise ConfigError(f"{given} and {key} are one key, got two values for it")
+            taken[key] = value
+        elif key in INERT:
+            notes.append(f"{given} has no effect: {INERT[key]}")
+        elif key in UNSUPPORTED:
+            neutral = UNSUPPORTED[key]
+            if value not in neutral:
+                raise ConfigError(
+                    f"{given}: {value!r} is not supported; leave the key out or set it to "
+                    f"{' or '.join(map(repr, neutral))}"
+                )
+        else:
+            raise ConfigError(unknown("key", given, fields | set(ALIASES)))
+    return taken, notes

@@ -1,0 +1,137 @@
+"""The engine: where models live, and how gradients become steps. Single process, plain torch."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from fastpref.models.head import LogpModel
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW and its schedule, in the field's terms."""
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    schedule_kwargs: dict[str, Any] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+class Engine(Protocol):
+    """What the loop needs of one process or of many."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    model: LogpModel
+
+    def prepare(self, spec: OptimizerSpec) -> None:
+        """Build the optimizer and its schedule."""
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context that forwards run in."""
+
+    def backward(self, loss_sum: Tensor, count: float, *, last: bool) -> None:
+        """Add the gradient of loss_sum / count, count being global; last: of this step."""
+
+    def step(self) -> tuple[Tensor, float]:
+        """Clip, step, advance the schedule: (gradient norm before clipping, rate that was used)."""
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks."""
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model as plain transformers reads it."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write what else a resumed run needs: optimizer, schedule, random state."""
+
+    def load(self, folder: Path) -> None:
+        """Take model and state back from a checkpoint's folder."""
+
+
+class TorchEngine:
+    """One process, one device."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, model: LogpModel, device: torch.device, *, bf16: bool = False) -> None:
+        self.model = model.to(device)
+        self.device = device
+        self.bf16 = bf16
+
+    def prepare(self, spec: OptimizerSpec) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("the model has no parameter that requires a gradient")
+        # biases and norms are vectors; decaying them is not what weight decay is for
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.spec = spec
+        self.parameters = trained
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=spec.learning_rate,
+            betas=spec.betas,
+            eps=spec.epsilon,
+            fused=True,
+        )
+        self.schedule = get_scheduler(
+            spec.schedule,
+            self.optimizer,
+            num_warmup_steps=spec.warmup_steps,
+            num_training_steps=spec.total_steps,
+            scheduler_specific_kwargs=spec.schedule_kwargs or None,
+        )
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def backward(self, loss_sum: Tensor, count: float, *, last: bool) -> None:
+        (loss_sum / count).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> tuple[Tensor, float]:
+        limit = self.spec.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, rate
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def save_model(self, folder: Path) -> None:
+        self.model.model.save_pretrained(folder)
+
+    def save_state(self, folder: Path) -> None:
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, folder / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        saved = type(self.model.model).from_pretrained(
+            folder, dtype=self.model.model.dtype, use_safetensors=True
+        )
+        self.model.model.load_state_dict(saved.state_dict())
+        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"].cpu())

@@ -1,0 +1,288 @@
+"""The loop: optimizer steps over groups, with evaluation, logging and checkpoints between."""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.data.packing import num_tokens, pack, split_groups
+from fastpref.data.tokenize import Group
+from fastpref.methods.base import Method
+from fastpref.models.head import LogpModel
+from fastpref.train import checkpoint
+from fastpref.train.checkpoint import TrainerState
+from fastpref.train.config import ConfigError, TrainConfig
+from fastpref.train.engine import Engine, OptimizerSpec
+from fastpref.train.metrics import Display, MetricsFile, MetricSums
+from fastpref.train.reference import with_reference
+
+
+class Callback:
+    """Called by the loop; override what is wanted. Steps count from 1."""
+
+    def on_step(self, step: int, engine: Engine) -> None:
+        """After every optimizer step."""
+
+    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
+        """After every evaluation, with its ``eval_`` metrics."""
+
+    def on_save(self, step: int, folder: Path) -> None:
+        """After a checkpoint is complete."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which groups each optimizer step takes: a pure function of the seed and the step."""
+
+    num_groups: int
+    per_step: int
+    total_steps: int
+    seed: int
+    shuffle: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig, num_groups: int, world_size: int) -> "Plan":
+        per_step = (
+            config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
+        )
+        per_epoch = math.ceil(num_groups / per_step)
+        total = (
+            config.max_steps
+            if config.max_steps > 0
+            else math.ceil(per_epoch * config.num_train_epochs)
+        )
+        shuffle = config.train_sampling_strategy == "random"
+        return cls(num_groups, per_step, total, config.seed, shuffle)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_groups / self.per_step)
+
+    def indices(self, step: int) -> list[int]:
+        """The groups of a step, counted from 0; the last step of an epoch may hold fewer."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        first = within * self.per_step
+        last = min(first + self.per_step, self.num_groups)
+        if not self.shuffle:
+            return list(range(first, last))
+        return epoch_order(self.num_groups, self.seed, epoch)[first:last]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_groups: int, seed: int, epoch: int) -> list[int]:
+    """The shuffled order of an epoch's groups."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(num_groups, generator=generator).tolist()
+    return order
+
+
+@dataclass
+class Trainer:
+    """One run: what it learns from, and where it stands."""
+
+    config: TrainConfig
+    method: Method
+    engine: Engine
+    tokenizer: Any
+    train_groups: Sequence[Group]
+    eval_groups: Sequence[Group]
+    run: Path
+    reference: LogpModel | None = None
+    callbacks: Sequence[Callback] = ()
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.plan = Plan.of(config, len(self.train_groups), self.engine.world_size)
+        self.counts = [self.method.count(group) for group in self.train_groups]
+        self.state = TrainerState()
+        self.file = MetricsFile(self.run / "metrics.jsonl")
+        total = self.plan.total_steps
+        self.log_every = config.every("logging_steps", total)
+        self.save_at = self.moments(config.save_strategy, "save_steps")
+        strategy = eval_strategy(config)
+        key = "eval_steps" if config.eval_steps is not None else "logging_steps"
+        self.eval_at = self.moments(strategy, key)
+        if self.eval_at and not self.eval_groups:
+            raise ConfigError("need an evaluation data set for eval_strategy, got none")
+        # a group over the token budget must be found now, not hours from here
+        for groups in (self.train_groups, self.eval_groups):
+            self.split(groups, 1)
+
+    def moments(self, strategy: str, key: str) -> set[int]:
+        """The steps, counted from 1, after which something is due."""
+        total = self.plan.total_steps
+        if strategy == "no":
+            return set()
+        every = (
+            self.plan.steps_per_epoch if strategy == "epoch" else self.config.every(key, total)
+        )
+        return {*range(every, total + 1, every)}
+
+    def train(self, resume: Path | None = None) -> dict[str, float]:
+        """Run to the end; returns the metrics of the last log line and of the last evaluation."""
+        self.engine.prepare(optimizer_spec(self.config, self.plan.total_steps))
+        if resume is not None:
+            self.state = checkpoint.load_state(resume)
+            self.engine.load(resume)
+        self.file.keep_until(self.state.step)
+        total = self.plan.total_steps
+        title = type(self.method).__name__
+        self.display = Display(title, total, self.state.step, plain=self.config.disable_tqdm)
+        last: dict[str, float] = {}
+        try:
+            if resume is not None:
+                self.display.say(f"resumed from {resume}, {total - self.state.step} steps to go")
+            if self.config.eval_on_start and self.state.step == 0:
+                last |= self.evaluate(0)
+            last |= self.steps()
+        finally:
+            self.display.close()
+        return last
+
+    def steps(self) -> dict[str, float]:
+        """All optimizer steps that are left, and what is due after each."""
+        sums = MetricSums()
+        last: dict[str, float] = {}
+        total = self.plan.total_steps
+        began, counted = time.perf_counter(), self.state.num_tokens
+        while self.state.step < total:
+            norm, rate = self.step(sums)
+            step = self.state.step
+            self.display.step(step)
+            for callback in self.callbacks:
+                callback.on_step(step, self.engine)
+            first = step == 1 and self.config.logging_first_step
+            if step % self.log_every == 0 or step == total or first:
+                seconds = time.perf_counter() - began
+                row = {
+                    "step": step,
+                    "epoch": step / self.plan.steps_per_epoch,
+                    **sums.read(self.engine),
+                    "grad_norm": float(norm),
+                    "learning_rate": rate,
+                    "num_tokens": self.state.num_tokens,
+                    "tokens_per_second": (self.state.num_tokens - counted) / seconds,
+                }
+                last |= self.write(row)
+                began, counted = time.perf_counter(), self.state.num_tokens
+            if step in self.eval_at:
+                last |= self.evaluate(step)
+            if step in self.save_at or (step == total and self.config.save_strategy != "no"):
+                self.save()
+            if step in self.eval_at or step in self.save_at:
+                began = time.perf_counter()
+        return last
+
+    def step(self, sums: MetricSums) -> tuple[torch.Tensor, float]:
+        """One optimizer step: the mean loss over all its groups, in micro-batches."""
+        chosen = self.plan.indices(self.state.step)
+        count = sum(self.counts[i] for i in chosen)
+        mine = [self.train_groups[i] for i in chosen][self.engine.rank :: self.engine.world_size]
+        parts = self.split(mine, self.config.per_device_train_batch_size)
+        self.engine.model.train()
+        for number, part in enumerate(parts, 1):
+            batch = pack(part).to(self.engine.device, non_blocking=True)
+            batch = with_reference(self.engine, self.reference, batch)
+            with self.engine.autocast():
+                loss, metrics = self.method(self.engine.model, batch)
+            self.engine.backward(loss, count, last=number == len(parts))
+            sums.add({"loss": (loss.detach(), loss.new_tensor(self.total(part))), **metrics})
+        norm, rate = self.engine.step()
+        self.state.step += 1
+        self.state.num_tokens += sum(original_tokens(self.train_groups[i]) for i in chosen)
+        return norm, rate
+
+    def split(self, groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
+        """Micro-batches: by tokens if a budget is set, else by groups."""
+        budget = self.config.max_tokens_per_micro_batch
+        return split_groups(groups, max_groups=None if budget else batch_size, max_tokens=budget)
+
+    def total(self, groups: Sequence[Group]) -> int:
+        return sum(self.method.count(group) for group in groups)
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Loss and metrics over all evaluation groups, their names opened by ``eval_``."""
+        sums = MetricSums()
+        began = time.perf_counter()
+        self.engine.model.eval()
+        mine = self.eval_groups[self.engine.rank :: self.engine.world_size]
+        for part in self.split(mine, self.config.per_device_eval_batch_size):
+            batch = pack(part).to(self.engine.device)
+            batch = with_reference(self.engine, self.reference, batch)
+            with self.engine.autocast():
+                loss, metrics = self.method(self.engine.model, batch)
+            sums.add({"loss": (loss, loss.new_tensor(self.total(part))), **metrics})
+        metrics_read = sums.read(self.engine)
+        values = {f"eval_{name}": value for name, value in metrics_read.items()}
+        self.note_best(step, values)
+        row = {
+            "step": step,
+            "epoch": step / self.plan.steps_per_epoch,
+            **values,
+            "eval_runtime": time.perf_counter() - began,
+        }
+        for callback in self.callbacks:
+            callback.on_evaluate(step, values)
+        return self.write(row)
+
+    def note_best(self, step: int, values: dict[str, float]) -> None:
+        """Remember the step if its metric is the best so far and a checkpoint of it will be."""
+        name = (self.config.metric_for_best_model or "loss").removeprefix("eval_")
+        if f"eval_{name}" not in values:
+            raise ConfigError(
+                f"need metric_for_best_model among {sorted(values)}, got {name!r}"
+            )
+        value = values[f"eval_{name}"]
+        higher = self.config.greater_is_better
+        higher = not name.endswith("loss") if higher is None else higher
+        best = self.state.best_metric
+        saved = step in self.save_at or step == self.plan.total_steps
+        if saved and (best is None or (value > best if higher else value < best)):
+            self.state.best_metric, self.state.best_step = value, step
+
+    def save(self) -> None:
+        folder = checkpoint.save(self.run, self.engine, self.tokenizer, self.state)
+        checkpoint.prune(self.run, self.config.save_total_limit, self.state.best_step)
+        for callback in self.callbacks:
+            callback.on_save(self.state.step, folder)
+
+    def write(self, row: dict[str, Any]) -> dict[str, float]:
+        if self.engine.rank == 0:
+            self.file.write(row)
+            self.display.log(row["step"], row)
+        return row
+
+
+def original_tokens(group: Group) -> int:
+    """Tokens of the group as separate sequences, its prompt counted once per completion."""
+    return num_tokens(group) + len(group.prompt) * (len(group.completions) - 1)
+
+
+def eval_strategy(config: TrainConfig) -> str:
+    """What eval_strategy means where it is not given."""
+    if config.eval_strategy is not None:
+        return config.eval_strategy
+    if config.eval_steps is not None:
+        return "steps"
+    return "epoch" if config.eval_dataset_name else "no"
+
+
+def optimizer_spec(config: TrainConfig, total_steps: int) -> OptimizerSpec:
+    warmup = config.warmup_steps
+    return OptimizerSpec(
+        learning_rate=config.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=math.ceil(warmup * total_steps) if warmup < 1 else int(warmup),
+        schedule=config.lr_scheduler_type,
+        schedule_kwargs=config.lr_scheduler_kwargs or {},
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+    )

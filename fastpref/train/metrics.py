@@ -1,0 +1,117 @@
+"""Sums of metrics, the metrics file, and what a person sees while a run goes on."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastpref.methods.base import Metrics
+from fastpref.train.engine import Engine
+
+
+class MetricSums:
+    """Sums and counts on the device; one reduction over ranks and one sync per reading."""
+
+    def __init__(self) -> None:
+        self.sums: Metrics = {}
+
+    def add(self, metrics: Metrics) -> None:
+        for name, (total, count) in metrics.items():
+            old = self.sums.get(name)
+            self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
+
+    def read(self, engine: Engine) -> dict[str, float]:
+        """Global means by name; starts the sums anew."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        flat = torch.stack([part.double() for name in names for part in self.sums[name]])
+        pairs = engine.all_reduce_sum(flat).view(-1, 2).tolist()
+        self.sums = {}
+        return {
+            name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count
+        }
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a line, in the order of the steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines of steps after ``step``, which a resumed run takes again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the torn last line of a killed run
+                continue
+            if row["step"] <= step:
+                kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Display:
+    """A progress bar on a terminal, plain lines anywhere else."""
+
+    def __init__(self, title: str, total: int, start: int, *, plain: bool = False) -> None:
+        self.console = Console(file=sys.stderr)
+        self.title = title
+        self.total = total
+        self.began = time.perf_counter()
+        self.start = start
+        self.progress: Progress | None = None
+        if self.console.is_terminal and not plain:
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self.task = self.progress.add_task(title, total=total, completed=start, note="")
+            self.progress.start()
+
+    def step(self, step: int) -> None:
+        if self.progress:
+            self.progress.update(self.task, completed=step)
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        """Show a logged line: loss, margin, tokens per second, and on plain lines the time left."""
+        shown = {
+            "loss": row.get("loss"),
+            "margin": row.get("rewards/margins"),
+            "tokens/s": row.get("tokens_per_second"),
+            "eval_loss": row.get("eval_loss"),
+            "eval_accuracy": row.get("eval_rewards/accuracies"),
+        }
+        note = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
+        if self.progress:
+            self.progress.update(self.task, completed=step, note=note)
+            return
+        left = (time.perf_counter() - self.began) / max(1, step - self.start) * (self.total - step)
+        tail = f"  left {left:.0f} s" if step > self.start else ""
+        print(f"{self.title} {step}/{self.total}  {note}{tail}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.progress:
+            self.progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()

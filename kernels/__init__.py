@@ -1,0 +1,1 @@
+"""Fused kernels, one file per op; import them as ``fastpref.kernels``."""

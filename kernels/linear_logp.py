@@ -1,0 +1,418 @@
+"""Token statistics straight from hidden states: logp[m] = z[m, y[m]] - logsumexp(z[m, :]).
+
+z = softcap(logit_scale * (hidden[rows] @ weight.T + bias)) / temperature, softcap(x) = cap *
+tanh(x / cap). N rows of hidden (N, H), weight (V, H), M targets. A loop of matrix products around
+the row functions of logp_from_logits: (M, V) exists a slab of columns at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.kernels.gather_rows import check_index, sum_copies
+from fastpref.kernels.linear_logp_plan import Case, Plan, plan
+from fastpref.kernels.linear_logp_torch import Kept, Logits, backward_slabs, forward
+from fastpref.kernels.logp_from_logits import (
+    IGNORE_INDEX,
+    STATS,
+    RowGrads,
+    check_outputs,
+    check_positive,
+    check_target,
+    empty_stats,
+    stats_from_logits_ref,
+)
+from fastpref.kernels.logp_from_logits import TokenStats as TokenStats
+from fastpref.kernels.product import full_precision
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+# 1. reference
+def linear_logp_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> TokenStats:
+    x = hidden if rows is None else hidden[rows]
+    logits = logit_scale * torch.nn.functional.linear(x, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return stats_from_logits_ref(logits, target, temperature=temperature)
+
+
+# 2. ops
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    softcap: float | None,
+    outputs: str,
+    grads: list[bool],
+    workspace: int | None,
+    reserved: int,
+) -> tuple[Case, Plan]:
+    case = Case(
+        hidden.dtype,
+        hidden.device.type,
+        *grads,
+        gathers=rows is not None,
+        entropy="entropy" in outputs.split(),
+        capped=softcap is not None,
+    )
+    (N, H), M, V = hidden.shape, target.shape[0], weight.shape[0]
+    return case, plan(case, M, N, H, V, workspace, reserved)
+
+
+def _allocate(hidden: Tensor, target: Tensor, case: Case, cut: Plan, outputs: str) -> _Outputs:
+    """logp, lse, the statistics, kept slabs (flat), their maxima, row matrices."""
+    M, H = target.shape[0], hidden.shape[1]
+    return (
+        *empty_stats(target, case.wide, outputs.split()),
+        hidden.new_empty(M * cut.kept_columns, dtype=case.kept_dtype),
+        hidden.new_empty((cut.kept, M), dtype=case.wide),
+        hidden.new_empty((case.row_matrices, M, H), dtype=case.wide),
+    )
+
+
+@torch.library.custom_op("fastpref::linear_logp", mutates_args=())
+def _op(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    outputs: str,
+    grads: list[bool],
+    workspace: int | None,
+    reserved: int,
+) -> _Outputs:
+    check_target(target, len(weight))
+    if rows is not None:
+        check_index(rows, len(hidden))
+    case, cut = _prepare(hidden, weight, target, rows, softcap, outputs, grads, workspace, reserved)
+    if cut.workspace < cut.needed:
+        raise ValueError(f"need a workspace of {cut.needed} bytes, got {cut.workspace}")
+    out = _allocate(hidden, target, case, cut, outputs)
+    flat = dict(zip(("logp", "lse", *STATS), out, strict=False))
+    kept = Kept(out[6], out[7], cut.width, len(weight))
+    logits = Logits(weight, bias, temperature, logit_scale, softcap)
+    names = tuple(outputs.split())
+    with full_precision():
+        forward(hidden, target, rows, logits, case, cut, names, flat, kept, out[8])
+    return out
+
+
+@_op.register_fake
+def _(*args: Any) -> _Outputs:
+    hidden, weight, target, _bias, rows, _temperature, _logit_scale, *rest = args
+    case, cut = _prepare(hidden, weight, target, rows, *rest)
+    return _allocate(hidden, target, case, cut, rest[1])
+
+
+def _to_hidden(dX: Tensor, rows: Tensor | None, N: int, dtype: torch.dtype) -> Tensor:
+    return dX.to(dtype) if rows is None else sum_copies(dX, rows, N, dtype)
+
+
+@torch.library.custom_op("fastpref::linear_logp_bwd", mutates_args=())
+def _op_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lse: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    kept: Tensor,
+    maxima: Tensor,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    outputs: str,
+    grads: list[bool],
+    workspace: int | None,
+    reserved: int,
+) -> list[Tensor]:
+    case, cut = _prepare(hidden, weight, target, rows, softcap, outputs, grads, workspace, reserved)
+    logits = Logits(weight, bias, temperature, logit_scale, softcap)
+    row_grads = RowGrads.of(target, lse, logp, entropy, dlogp, dentropy, logits.factor)
+    slabs = Kept(kept, maxima, cut.width, len(weight))
+    with full_precision():
+        dX, dW, db = backward_slabs(hidden, rows, logits, case, cut, row_grads, slabs)
+    out = [] if dX is None else [_to_hidden(dX, rows, len(hidden), hidden.dtype)]
+    out += [] if dW is None else [dW]
+    return out if db is None else [*out, db.to(hidden.dtype)]
+
+
+@_op_bwd.register_fake
+def _(*args: Any) -> list[Tensor]:
+    hidden, weight, _target, bias, *_ = args
+    grads = args[-3]
+    shapes = zip((hidden, weight, bias), grads, strict=True)
+    return [x.new_empty(x.shape) for x, wanted in shapes if wanted]
+
+
+@torch.library.custom_op("fastpref::linear_logp_frozen_bwd", mutates_args=())
+def _op_frozen_bwd(
+    matrices: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    keep = (target != IGNORE_INDEX)[:, None]
+    dX = torch.zeros_like(matrices[0])
+    for matrix, g in zip(matrices, (dlogp, dentropy), strict=False):
+        if g is not None:
+            dX.addcmul_(matrix, g[:, None])
+    return _to_hidden(dX.masked_fill_(~keep, 0.0), rows, num_rows, dtype)
+
+
+@_op_frozen_bwd.register_fake
+def _(
+    matrices: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return matrices.new_empty((num_rows, matrices.shape[2]), dtype=dtype)
+
+
+# 3. autograd
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    hidden, weight, target, bias, rows, *ctx.options = inputs
+    logp, lse, entropy, top1, mean, squares, kept, maxima, matrices = output
+    unasked = [] if "entropy" in ctx.options[3].split() else [entropy]
+    ctx.mark_non_differentiable(lse, top1, mean, squares, kept, maxima, matrices, *unasked)
+    ctx.set_materialize_grads(False)  # a kept slab must not cost a dense zero gradient
+    ctx.frozen = matrices.shape[0] > 0
+    if ctx.frozen:
+        ctx.num_rows, ctx.dtype = hidden.shape[0], hidden.dtype
+        ctx.save_for_backward(matrices, target, rows)
+        return
+    ctx.save_for_backward(hidden, weight, target, bias, rows, lse, logp, entropy)
+    ctx.kept = kept, maxima  # not saved through hooks: save_on_cpu would move them out and back
+
+
+def _backward(
+    ctx: Any, dlogp: Tensor | None, _dlse: None, dentropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    none = (None,) * 12
+    if dlogp is None and dentropy is None:
+        return none
+    if ctx.frozen:
+        args = (*ctx.saved_tensors, dlogp, dentropy, ctx.num_rows, ctx.dtype)
+        return (_op_frozen_bwd(*args), *none[1:])
+    saved, options = ctx.saved_tensors, ctx.options
+    kept = ctx.kept
+    if kept is None:
+        kept = saved[0].new_empty(0), saved[5].new_empty((0, saved[5].shape[0]))
+    ctx.kept = None  # freed with this backward, not with the loss; a second one recomputes
+    found = iter(_op_bwd(*saved, *kept, dlogp, dentropy, *options))
+    d = [next(found) if wanted else None for wanted in options[4]]
+    return (d[0], d[1], None, d[2], *none[4:])
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+# 4. public
+def _check(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> None:
+    lead = hidden.shape[:-1] if rows is None else rows.shape
+    flat = rows is None or (hidden.ndim == 2 and rows.ndim == 1)
+    if hidden.ndim < 1 or weight.ndim != 2 or not flat or target.shape != lead:
+        need = "hidden (..., H) and target (...)"
+        if rows is not None:
+            need = "hidden (N, H), rows (M,) and target (M,)"
+        got = ", ".join(str(tuple(x.shape)) for x in (hidden, rows, target) if x is not None)
+        raise ValueError(f"need {need} and weight (V, H), got {got} and {tuple(weight.shape)}")
+    if hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        got = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"need hidden (..., H) and weight (V, H), both above 0, got {got}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"need bias (V,) = ({len(weight)},), got {tuple(bias.shape)}")
+    if 1 not in weight.stride():
+        raise ValueError(f"need weight contiguous in H or V, got strides {weight.stride()}")
+    floats = [x.dtype for x in (hidden, weight, bias) if x is not None]
+    if floats[0] not in _DTYPES or len(set(floats)) > 1:
+        got = ", ".join(map(str, floats))
+        raise TypeError(f"need hidden, weight and bias in one of {_DTYPES}, got {got}")
+    integers = [x.dtype for x in (target, rows) if x is not None]
+    if set(integers) != {torch.int64}:
+        raise TypeError(f"need int64 target and rows, got {', '.join(map(str, integers))}")
+
+
+def _live_rows(
+    hidden: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    """Leading dimensions off and ignored rows out: hidden, target, rows, where they go, bytes."""
+    y, H = target.reshape(-1), hidden.shape[-1]
+    reserved = 24 * y.numel()
+    index = None
+    if not torch.compiler.is_compiling():
+        index = (y != IGNORE_INDEX).nonzero()[:, 0]  # the one sync
+        index = None if len(index) == len(y) else index
+    view = hidden.ndim <= 2 or all(
+        hidden.stride(i) == hidden.shape[i + 1] * hidden.stride(i + 1)
+        for i in range(hidden.ndim - 2)
+    )
+    if view and hidden.stride(-1) == 1:
+        rows = index
+        hidden = hidden.view(-1, H)
+    else:
+        rows = None
+        hidden = hidden.reshape(-1, H) if index is None else hidden[target != IGNORE_INDEX]
+        hidden = hidden.contiguous()
+        reserved = reserved + hidden.numel() * hidden.element_size()
+    return hidden, y if index is None else y[index], rows, index, reserved
+
+
+def linear_logp_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: tuple[str, ...] = STATS,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace: int | None = None,
+) -> TokenStats:
+    """Log-probability of each target token and statistics of its distribution, without logits.
+
+    z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature is never rounded to the
+    input dtype, and exists one slab of columns at a time.
+
+    Args:
+        hidden: (..., H) bf16, fp16, fp32 or fp64, any strides; (N, H) with ``rows``;
+            differentiable.
+        weight: (V, H), hidden's dtype; differentiable. Its gradient is rounded once.
+        target: (...) int64 in [0, V), or -100; (M,) with ``rows``. Range checked on the CPU only.
+        outputs: which of "entropy", "is_top1", "mean_logit" and "log_sum_sq_probs" to return. With
+            a frozen weight the entropy's gradient costs a third matrix product.
+        bias: (V,), hidden's dtype; differentiable.
+        rows: (M,) int64 in [0, N): hidden row ``rows[m]`` scores ``target[m]``; repeats allowed.
+            Their gradients are added in a fixed order. Range checked on the CPU only.
+        temperature: positive; divides the logits after the cap.
+        logit_scale: positive; multiplies the logits before the cap.
+        softcap: positive, or None for no cap: softcap(x) = softcap * tanh(x / softcap).
+        workspace: bytes that may exist beyond inputs and returned gradients, from this call to
+            the end of its backward. What is left of it keeps slabs of exponentials for the
+            backward; the others are computed again. None: 1 GiB on CUDA, 256 MiB elsewhere, or
+            the least that works where that is more.
+
+    Without ``rows``, ignored rows are found with one host sync and left out; under torch.compile
+    they are computed and masked instead.
+
+    Returns:
+        TokenStats of tensors shaped like target, fp32 (fp64 for fp64 inputs); exactly 0 (False),
+        with zero gradient, where the target is -100. Gradients flow through logp and entropy.
+
+    Raises:
+        ValueError: a shape, stride or option differs from the above, a label or row is out of range
+            (CPU), or the workspace is too small, with the bytes needed.
+        TypeError: a dtype differs from the above.
+
+    Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867, alg. 3.
+    """
+    _check(hidden, weight, target, bias, rows)
+    check_outputs(outputs)
+    check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    index, reserved, y = None, 0, target
+    if rows is None:
+        hidden, y, rows, index, reserved = _live_rows(hidden, target)
+    elif hidden.stride(1) != 1 and hidden.shape[1] > 1:
+        raise ValueError(f"need hidden contiguous in H with rows, got strides {hidden.stride()}")
+    grads = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (hidden, weight, bias)
+    ]
+    options = (temperature, logit_scale, softcap, " ".join(outputs), grads, workspace, reserved)
+    logp, _, *stats = _op(hidden, weight, y, bias, rows, *options)
+    found = {"logp": logp} | {n: s for n, s in zip(STATS, stats, strict=False) if n in outputs}
+    if index is not None:
+        full = {n: s.new_zeros(target.numel()) for n, s in found.items()}
+        found = {n: full[n].index_copy(0, index, s) for n, s in found.items()}
+    return TokenStats(**{n: s.view(target.shape) for n, s in found.items()})
+
+
+def linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace: int | None = None,
+) -> Tensor:
+    """Log-probability of each target token, in nats, straight from hidden states.
+
+    Args:
+        hidden: (..., H) bf16, fp16, fp32 or fp64, any strides; (N, H) with ``rows``;
+            differentiable.
+        weight: (V, H), hidden's dtype; differentiable. Its gradient is rounded once.
+        target: (...) int64 in [0, V), or -100; (M,) with ``rows``. Range checked on the CPU only.
+        bias: (V,), hidden's dtype; differentiable.
+        rows: (M,) int64 in [0, N): hidden row ``rows[m]`` scores ``target[m]``; repeats allowed.
+        temperature: positive; divides the logits after the cap.
+        logit_scale: positive; multiplies the logits before the cap.
+        softcap: positive, or None for no cap: softcap(x) = softcap * tanh(x / softcap).
+        workspace: bytes that may exist beyond inputs and returned gradients; None: 1 GiB on CUDA,
+            256 MiB elsewhere, or the least that works where that is more. See
+            :func:`linear_logp_stats`.
+
+    Without ``rows``, ignored rows are found with one host sync and left out; under torch.compile
+    they are computed and masked instead.
+
+    Returns:
+        Shaped like target, fp32 (fp64 for fp64 inputs), each <= 0; exactly 0, with zero gradient,
+        where the target is -100.
+
+    Raises:
+        ValueError: a shape, stride or option differs from the above, a label or row is out of range
+            (CPU), or the workspace is too small, with the bytes needed.
+        TypeError: a dtype differs from the above.
+
+    Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867, alg. 3.
+    """
+    return linear_logp_stats(
+        hidden,
+        weight,
+        target,
+        outputs=(),
+        bias=bias,
+        rows=rows,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        workspace=workspace,
+    ).logp

@@ -1,0 +1,199 @@
+"""linear_logp in plain torch, for any device: loops of matrix products over tiles of a plan.
+
+Letters as in linear_logp.py. The forward walks tiles of rows, and in each the slabs of columns; the
+backward walks slabs of columns over all rows, so that each slab of dW is rounded once.
+"""
+
+import torch
+from torch import Tensor
+
+from fastpref.kernels.linear_logp_plan import Case, Plan
+from fastpref.kernels.logp_from_logits import (
+    RowGrads,
+    Rows,
+    bend_gradient,
+    set_labels,
+    slab_gradient,
+    tiles,
+)
+from fastpref.kernels.product import operand, product
+
+
+def _take(hidden: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
+    x = hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])
+    return operand(x)
+
+
+class Logits:
+    """Slabs of z: a product, then bias, scale, cap and temperature in place."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
+    ) -> None:
+        self.weight, self.bias = weight, bias
+        self.factor = logit_scale / temperature  # d z / d (x @ W.T + b) where no cap bends it
+        self.cap = None if softcap is None else softcap / temperature  # in units of z
+        self.alpha = self.factor if softcap is None else logit_scale / softcap
+
+    def slab(self, x: Tensor, columns: Tensor, c0: int, out: Tensor) -> Tensor:
+        """z of rows ``x`` at columns c0..., whose weight rows are ``columns``."""
+        product(x, columns.t(), alpha=self.alpha, out=out)
+        if self.bias is not None:
+            out.add_(self.bias[c0 : c0 + len(columns)].to(out.dtype) * self.alpha)
+        return out if self.cap is None else out.tanh_().mul_(self.cap)
+
+
+class Kept:
+    """Exponentials of the first slabs, each (M, width) in one flat tensor, and their row maxima."""
+
+    def __init__(self, flat: Tensor, maxima: Tensor, width: int, V: int) -> None:
+        self.flat, self.maxima, self.width, self.V = flat, maxima, width, V
+
+    def __contains__(self, j: int) -> bool:
+        return j < len(self.maxima)
+
+    def __getitem__(self, j: int) -> Tensor:
+        M, start = self.maxima.shape[1], j * self.width
+        stop = min(start + self.width, self.V)
+        return self.flat[M * start : M * stop].view(M, stop - start)
+
+
+class _RowMatrices:
+    """Gradient of logp (and entropy) in hidden, per row: all a frozen head has to remember.
+
+    Sums over columns leave the label out, whose share -expm1(logp) W[y] is exact where p is near 1.
+    """
+
+    def __init__(self, out: Tensor, logits: Logits) -> None:
+        self.sums, self.logits = out.zero_(), logits
+
+    def add(
+        self, exps: Tensor, shifted: Tensor, rows: Rows, shrink: Tensor, drop: Tensor, W: Tensor
+    ) -> None:
+        """Add a slab; ``shifted`` is z - max, read with an entropy gradient or a cap only."""
+        cap = self.logits.cap
+        for i in range(
+            len(self.sums) - 1, -1, -1
+        ):  # the weighted sum reads the plain one's old value
+            if i == 1:
+                self.sums[1].addcmul_(self.sums[0], drop[:, None])
+            self.sums[i].mul_(shrink[:, None])
+        if cap is not None:
+            top = rows.max[:, None]
+            bend_gradient(exps, shifted.add_(top).mul_(1 / cap))
+            shifted.mul_(cap).sub_(top)
+        product(exps.to(W.dtype), W, out=self.sums[0], accumulate=True)
+        if len(self.sums) == 2:
+            product(shifted.mul_(exps).to(W.dtype), W, out=self.sums[1], accumulate=True)
+
+    def finish(self, rows: Rows, stats: dict[str, Tensor], lse: Tensor) -> None:
+        total, logp = rows.total[:, None], stats["logp"]
+        label = self.logits.weight.index_select(0, rows.target.clamp(min=0)).to(total.dtype)
+        if self.logits.cap is not None:
+            label.mul_((1 - ((logp + lse) / self.logits.cap) ** 2)[:, None])
+        self.sums.div_(total)
+        if len(self.sums) == 2:
+            mean = rows.weighted[:, None] / total
+            share = logp.exp() * (logp + stats["entropy"])
+            self.sums[1].addcmul_(self.sums[0], mean, value=-1).addcmul_(label, share[:, None])
+            self.sums[1].neg_()
+        self.sums[0].neg_().addcmul_(label, -logp.expm1()[:, None])
+        self.sums.mul_(self.logits.factor)
+
+
+def forward(
+    hidden: Tensor,
+    target: Tensor,
+    rows: Tensor | None,
+    logits: Logits,
+    case: Case,
+    cut: Plan,
+    names: tuple[str, ...],
+    flat: dict[str, Tensor],
+    kept: Kept,
+    matrices: Tensor,
+) -> None:
+    V = len(logits.weight)
+    scratch = hidden.new_empty(cut.rows * cut.width, dtype=case.wide)
+    two = case.entropy or (case.frozen and case.capped)
+    spare = torch.empty_like(scratch) if two else scratch
+    for r0, r1 in tiles(len(target), cut.rows):
+        x = _take(hidden, rows, r0, r1)
+        state = Rows(target[r0:r1], case.wide, names)
+        frozen = _RowMatrices(matrices[:, r0:r1], logits) if case.frozen else None
+        for j, (c0, c1) in enumerate(tiles(V, cut.width)):
+            W = operand(logits.weight[c0:c1])
+            shape = (r1 - r0, c1 - c0)
+            out = spare[: shape[0] * shape[1]].view(shape)
+            if j in kept and kept.flat.dtype == case.wide:
+                out = kept[j][r0:r1]
+            z = scratch[: shape[0] * shape[1]].view(shape) if two else out
+            before = state.max
+            shrink = state.add(logits.slab(x, W, c0, z), c0, out)
+            if j in kept:
+                kept.maxima[j, r0:r1] = state.max
+                if kept.flat.dtype != case.wide:
+                    kept[j][r0:r1].copy_(out)
+            if frozen is not None:
+                set_labels(out, state.target, c0, 0.0)
+                frozen.add(out, z, state, shrink, before - state.max, W)
+            del W
+        lse, stats = state.finish(V)
+        for name, value in (stats | {"lse": lse}).items():
+            flat[name][r0:r1] = value
+        if frozen is not None:
+            frozen.finish(state, stats, lse)
+
+
+def backward_slabs(
+    hidden: Tensor,
+    rows: Tensor | None,
+    logits: Logits,
+    case: Case,
+    cut: Plan,
+    grads: RowGrads,
+    kept: Kept,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    M, H, V = len(grads.target), hidden.shape[1], len(logits.weight)
+    x = _take(hidden, rows, 0, M)
+    dX = x.new_zeros((M, H), dtype=case.wide) if case.grad_hidden else None
+    dW = logits.weight.new_empty((V, H)) if case.grad_weight else None
+    db = x.new_zeros(V, dtype=case.wide) if case.grad_bias else None
+    if M == 0 and dW is not None:
+        dW.zero_()
+    scratch = x.new_empty(cut.rows_backward * cut.width, dtype=case.wide)
+    two = grads.dentropy is not None or case.capped
+    spare = torch.empty_like(scratch) if two else scratch
+    # rounded once: a slab of dW is summed over every row in the wide dtype
+    narrow = dW is not None and dW.dtype != case.wide
+    sums = x.new_empty((cut.width, H), dtype=case.wide) if narrow else dW
+    for j, (c0, c1) in enumerate(tiles(V, cut.width)):
+        W = operand(logits.weight[c0:c1])
+        for r0, r1 in tiles(M, cut.rows_backward):
+            shape, part = (r1 - r0, c1 - c0), grads.rows(r0, r1)
+            slab = scratch[: shape[0] * shape[1]].view(shape)
+            other = spare[: shape[0] * shape[1]].view(shape) if two else None
+            exps = shift = None
+            if j in kept:
+                exps, shift = kept[j][r0:r1], kept.maxima[j, r0:r1]
+            else:
+                logits.slab(x[r0:r1], W, c0, slab)
+            slab_gradient(slab, c0, part, exps=exps, shift=shift, cap=logits.cap, spare=other)
+            if db is not None:
+                db[c0:c1] += slab.sum(0)
+            d = slab.to(W.dtype)
+            if dX is not None:
+                product(d, W, out=dX[r0:r1], accumulate=True)
+            if sums is not None:
+                dest = sums[: c1 - c0] if narrow else sums[c0:c1]
+                product(d.t(), x[r0:r1], out=dest, accumulate=r0 > 0)
+            del d
+        if narrow and M:
+            dW[c0:c1].copy_(sums[: c1 - c0])
+        del W
+    return dX, dW, db

@@ -1,0 +1,477 @@
+"""Token statistics from logits, and the softmax-row functions that linear_logp shares.
+
+logp[n] = z[n, y[n]] - logsumexp(z[n, :]), z = logits / temperature; N rows, V vocabulary. A slab is
+a block of columns of z in fp32 (fp64 for fp64); what a row needs is carried from slab to slab.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
+_LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LOWEST = -1e30  # finite: -inf - -inf is NaN
+_TILE = 1 << 19  # elements of a slab: fp32 slabs of 2 MiB stay in a CPU's cache
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each target's distribution, in fp32 (fp64 for fp64 inputs); 0 where ignored.
+
+    ``logp`` and ``entropy`` are in nats and differentiable; ``is_top1`` (bool): no logit is larger
+    than the target's; ``mean_logit``: mean of z over V; ``log_sum_sq_probs``: log of the sum of
+    p**2. A statistic that was not asked for is None.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+# 1. reference
+def stats_from_logits_ref(
+    logits: Tensor, target: Tensor, *, temperature: float = 1.0
+) -> TokenStats:
+    keep = target != IGNORE_INDEX
+    z = logits / temperature
+    logps = z.log_softmax(-1)
+    y = target.clamp(min=0)[..., None]
+    probs = logps.exp()
+    entropy = -torch.where(probs > 0, probs * logps, 0.0).sum(-1)
+    return TokenStats(
+        logp=logps.gather(-1, y)[..., 0].where(keep, 0.0),
+        entropy=entropy.where(keep, 0.0),
+        is_top1=(z.gather(-1, y)[..., 0] == z.amax(-1)) & keep,
+        mean_logit=z.mean(-1).where(keep, 0.0),
+        log_sum_sq_probs=(2 * logps).logsumexp(-1).where(keep, 0.0),
+    )
+
+
+# 2. softmax rows, slab by slab
+class Rows:
+    """What R rows carry from slab to slab; every sum is relative to the running maximum."""
+
+    def __init__(self, target: Tensor, dtype: torch.dtype, outputs: tuple[str, ...]) -> None:
+        self.target, self.outputs = target, outputs
+        zeros = target.new_zeros((), dtype=dtype).expand(len(target))
+        self.max = zeros + _LOWEST
+        self.total = self.label = self.logits = self.weighted = self.squares = zeros
+
+    def add(self, z: Tensor, start: int, out: Tensor) -> Tensor:
+        """Take columns ``start:`` of z; ``out`` gets exp(z - max), z is left as z - max.
+
+        ``out`` may be z itself unless the entropy is asked for. Returns the factor by which sums
+        relative to the old maximum shrink.
+        """
+        where, inside = label_columns(self.target, start, z.shape[1])
+        self.label = torch.where(inside, z.gather(1, where)[:, 0], self.label)
+        if "mean_logit" in self.outputs:
+            self.logits = self.logits + z.sum(1)
+        new_max = torch.maximum(self.max, z.amax(1))
+        drop = self.max - new_max
+        self.max = new_max
+        z.sub_(new_max[:, None])
+        if "entropy" in self.outputs:
+            z.clamp_(min=_LOWEST)  # 0 * -inf is NaN
+        torch.exp(z, out=out)
+        shrink = drop.exp()
+        if "entropy" in self.outputs:
+            dots = torch.bmm(out[:, None, :], z[:, :, None])[:, 0, 0]
+            self.weighted = shrink * (self.weighted + drop * self.total) + dots
+        if "log_sum_sq_probs" in self.outputs:
+            norm = torch.linalg.vector_norm(out, dim=1)
+            self.squares = shrink * shrink * self.squares + norm * norm
+        self.total = shrink * self.total + out.sum(1)
+        return shrink
+
+    def finish(self, num_columns: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-sum-exp of every row, and the statistics by name: exactly 0 where ignored."""
+        log_total = self.total.log()
+        lse = self.max + log_total
+        # (label - max) first: both are logits, their difference is exact where it matters
+        stats = {"logp": (self.label - self.max) - log_total}
+        if "entropy" in self.outputs:
+            stats["entropy"] = log_total - self.weighted / self.total
+        if "mean_logit" in self.outputs:
+            stats["mean_logit"] = self.logits / num_columns
+        if "log_sum_sq_probs" in self.outputs:
+            stats["log_sum_sq_probs"] = self.squares.log() - 2 * log_total
+        keep = self.target != IGNORE_INDEX
+        stats = {name: value.where(keep, 0.0) for name, value in stats.items()}
+        if "is_top1" in self.outputs:
+            stats["is_top1"] = (self.label == self.max) & keep
+        return lse, stats
+
+
+def label_columns(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """(R, 1) column of each target in a slab, clamped into it, and (R,) whether it lies inside."""
+    column = target - start
+    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
+
+
+def set_labels(slab: Tensor, target: Tensor, start: int, value: Tensor | float) -> None:
+    """Write ``value`` (R,) into each row's target column, where it lies in the slab."""
+    where, inside = label_columns(target, start, slab.shape[1])
+    old = slab.gather(1, where)[:, 0]
+    slab.scatter_(1, where, torch.where(inside, value, old)[:, None])
+
+
+class RowGrads(NamedTuple):
+    """What the gradient of R rows with respect to their logits needs; each (R,)."""
+
+    target: Tensor
+    lse: Tensor
+    logp: Tensor
+    dlogp: Tensor  # 0 where ignored
+    dentropy: Tensor | None
+    entropy: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        target: Tensor,
+        lse: Tensor,
+        logp: Tensor,
+        entropy: Tensor,
+        dlogp: Tensor | None,
+        dentropy: Tensor | None,
+        factor: float,
+    ) -> "RowGrads":
+        """``factor`` is d z / d logits; ``entropy`` may be empty where ``dentropy`` is None."""
+        keep = target != IGNORE_INDEX
+        g = torch.zeros_like(lse) if dlogp is None else (dlogp * factor).where(keep, 0.0)
+        if dentropy is None:
+            return cls(target, lse, logp, g, None, None)
+        return cls(target, lse, logp, g, (dentropy * factor).where(keep, 0.0), entropy)
+
+    def rows(self, start: int, stop: int) -> "RowGrads":
+        return RowGrads(*(None if x is None else x[start:stop] for x in self))
+
+
+def slab_gradient(
+    slab: Tensor,
+    start: int,
+    rows: RowGrads,
+    *,
+    exps: Tensor | None = None,
+    shift: Tensor | None = None,
+    cap: float | None = None,
+    spare: Tensor | None = None,
+) -> Tensor:
+    """Overwrite ``slab``, columns ``start:``, with the gradient of its rows.
+
+    Without ``exps`` the slab holds z. With it the slab is only written: exps = exp(z - shift).
+    ``cap`` is the softcap in units of z; with it or an entropy gradient ``spare`` is scratch.
+    """
+    g = rows.dlogp[:, None]
+    if exps is None:
+        slab.sub_(rows.lse[:, None]).exp_()
+        scale = None
+    else:
+        scale = (shift - rows.lse)[:, None]
+    logp = rows.logp
+    at_label = -rows.dlogp * logp.expm1()  # never from the slab: 1 - p is lost where p is near 1
+    if rows.dentropy is None and cap is None:
+        if exps is None:
+            slab.mul_(-g)
+        elif exps.dtype == slab.dtype:
+            torch.mul(exps, -g * scale.exp(), out=slab)
+        else:
+            slab.copy_(exps).mul_(-g * scale.exp())
+        set_labels(slab, rows.target, start, at_label)
+        return slab
+    if exps is not None:
+        slab.copy_(exps)
+    torch.clamp(slab, min=torch.finfo(slab.dtype).tiny, out=spare).log_()  # finite where p is 0
+    if scale is not None:
+        slab.mul_(scale.exp())
+        spare.add_(scale)
+    if cap is not None:
+        bend_gradient(slab, spare.add_(rows.lse[:, None]).mul_(1 / cap))
+        at_label = at_label * (1 - ((logp + rows.lse) / cap) ** 2)
+        spare.mul_(cap).sub_(rows.lse[:, None])
+    if rows.dentropy is None:
+        slab.mul_(-g)
+    else:
+        h = rows.dentropy[:, None]
+        slab.mul_(spare.add_(rows.entropy[:, None]).mul_(-h).sub_(g))
+        label_part = rows.dentropy * logp.exp() * (logp + rows.entropy)
+        if cap is not None:
+            label_part = label_part * (1 - ((logp + rows.lse) / cap) ** 2)
+        at_label = at_label - label_part
+    set_labels(slab, rows.target, start, at_label)
+    return slab
+
+
+def bend_gradient(slab: Tensor, tanh: Tensor) -> Tensor:
+    """``slab *= 1 - tanh**2``, the derivative of the softcap, without a temporary."""
+    return slab.addcmul_(slab, tanh).addcmul_(slab, tanh, value=-1)
+
+
+def check_target(target: Tensor, num_columns: int) -> None:
+    """Refuse labels that would index memory; on the CPU only, where it costs no sync."""
+    if target.device.type == "cpu" and target.numel():
+        bad = ((target < 0) & (target != IGNORE_INDEX)) | (target >= num_columns)
+        if bad.any():
+            got = int(target[bad][0])
+            raise ValueError(f"need targets in [0, {num_columns}) or {IGNORE_INDEX}, got {got}")
+
+
+# 3. ops
+def _matrices(*xs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(..., V) tensors as (N, V) views: one of each where strides allow it, else one per index."""
+    x = xs[0]
+    if x.ndim == 1:
+        yield tuple(x[None] for x in xs)
+    elif x.ndim == 2:
+        yield xs
+    elif all(x.stride(0) == x.shape[1] * x.stride(1) for x in xs):
+        yield from _matrices(*(x.flatten(0, 1) for x in xs))
+    else:
+        for parts in zip(*(x.unbind(0) for x in xs), strict=True):
+            yield from _matrices(*parts)
+
+
+def tiles(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, max(step, 1)):
+        yield start, min(start + step, size)
+
+
+def _row_tiles(*xs: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+    """First and last flat row, and the (R, V) views, of tiles that fit a scratch slab."""
+    done = 0
+    for matrices in _matrices(*xs):
+        N, V = matrices[0].shape
+        for r0, r1 in tiles(N, max(1, _TILE // V)):
+            yield done + r0, done + r1, tuple(x[r0:r1] for x in matrices)
+        done += N
+
+
+def _slab(x: Tensor, buffer: Tensor, temperature: float) -> Tensor:
+    slab = buffer[: x.numel()].view(x.shape).copy_(x)
+    return slab if temperature == 1.0 else slab.mul_(1 / temperature)
+
+
+def _scratch(logits: Tensor) -> Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(min(_TILE, logits.numel()), dtype=wide)
+
+
+def empty_stats(like: Tensor, dtype: torch.dtype, outputs: list[str]) -> tuple[Tensor, ...]:
+    """logp and lse like ``like``, then every statistic of STATS; those not asked for are empty."""
+    out = [torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)]
+    out.append(torch.empty_like(out[0]))
+    for name in STATS:
+        kind = torch.bool if name == "is_top1" else dtype
+        empty = out[0].new_empty(0, dtype=kind)
+        out.append(torch.empty_like(out[0], dtype=kind) if name in outputs else empty)
+    return tuple(out)
+
+
+_Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("fastpref::logp_from_logits", mutates_args=())
+def _op(logits: Tensor, target: Tensor, temperature: float, outputs: str, inplace: bool) -> _Stats:
+    names = outputs.split()
+    V = logits.shape[-1]
+    check_target(target, V)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    stats = empty_stats(target, wide, names)
+    flat = dict(zip(("logp", "lse", *STATS), (s.view(-1) for s in stats), strict=True))
+    y, scratch = target.reshape(-1), _scratch(logits)
+    spare = torch.empty_like(scratch) if "entropy" in names else scratch
+    for r0, r1, (block,) in _row_tiles(logits):
+        rows = Rows(y[r0:r1], wide, tuple(names))
+        for c0, c1 in tiles(V, _TILE):
+            slab = _slab(block[:, c0:c1], scratch, temperature)
+            rows.add(slab, c0, spare[: slab.numel()].view(slab.shape))
+        lse, found = rows.finish(V)
+        for name, value in (found | {"lse": lse}).items():
+            flat[name][r0:r1] = value
+    return stats
+
+
+@_op.register_fake
+def _(logits: Tensor, target: Tensor, temperature: float, outputs: str, inplace: bool) -> _Stats:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return empty_stats(target, wide, outputs.split())
+
+
+def _write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    temperature: float,
+) -> None:
+    flat = [None if g is None else g.reshape(-1) for g in (dlogp, dentropy)]
+    y = target.reshape(-1)
+    grads = RowGrads.of(
+        y, lse.view(-1), logp.view(-1), entropy.view(-1), *flat, factor=1 / temperature
+    )
+    scratch = _scratch(logits)
+    spare = None if dentropy is None else torch.empty_like(scratch)
+    keep = (y != IGNORE_INDEX)[:, None]
+    for r0, r1, (block, dest) in _row_tiles(logits, out):
+        for c0, c1 in tiles(logits.shape[-1], _TILE):
+            slab = _slab(block[:, c0:c1], scratch, temperature)
+            other = None if spare is None else spare[: slab.numel()].view(slab.shape)
+            slab_gradient(slab, c0, grads.rows(r0, r1), spare=other)
+            slab.masked_fill_(~keep[r0:r1], 0.0)  # padding may hold NaN, and 0 * NaN is NaN
+            dest[:, c0:c1].copy_(slab)
+
+
+@torch.library.custom_op("fastpref::logp_from_logits_bwd", mutates_args=())
+def _op_bwd(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    out = torch.empty_like(logits)
+    _write_gradient(out, logits, target, lse, logp, entropy, dlogp, dentropy, temperature)
+    return out
+
+
+@_op_bwd.register_fake
+def _(logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("fastpref::logp_from_logits_bwd_", mutates_args=("logits",))
+def _op_bwd_(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    temperature: float,
+) -> None:
+    _write_gradient(logits, logits, target, lse, logp, entropy, dlogp, dentropy, temperature)
+
+
+# 4. autograd
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, target, ctx.temperature, outputs, ctx.inplace = inputs
+    logp, lse, entropy, *rest = output
+    ctx.save_for_backward(logits, target, lse, logp, entropy)
+    unasked = [] if "entropy" in outputs.split() else [entropy]
+    ctx.mark_non_differentiable(lse, *rest, *unasked)
+    ctx.set_materialize_grads(False)  # an unused output must not cost a dense zero gradient
+
+
+def _backward(
+    ctx: Any, dlogp: Tensor | None, _dlse: None, dentropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    args = (*ctx.saved_tensors, dlogp, dentropy, ctx.temperature)
+    if ctx.inplace:
+        _op_bwd_(*args)
+        return args[0].detach(), None, None, None, None
+    return _op_bwd(*args), None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+# 5. public
+def check_outputs(outputs: tuple[str, ...]) -> None:
+    unknown = [name for name in outputs if name not in STATS]
+    if unknown or isinstance(outputs, str):
+        raise ValueError(f"need outputs from {STATS}, got {outputs!r}")
+
+
+def check_positive(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"need {name} positive and finite, got {value}")
+
+
+def logp_stats_from_logits(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    outputs: tuple[str, ...] = STATS,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probability of each target token and statistics of its distribution, in one read.
+
+    Args:
+        logits: (..., V) bf16, fp16, fp32 or fp64; contiguous in V, any leading strides (so
+            ``logits[:, :-1]`` is read in place); differentiable.
+        target: (...) int64 in [0, V), or -100. The range is checked on the CPU only.
+        outputs: which of "entropy", "is_top1", "mean_logit" and "log_sum_sq_probs" to return.
+        temperature: positive; logits are divided by it.
+        inplace_backward: write the gradient over the logits, which nothing may read afterwards; a
+            second backward through them raises.
+
+    Returns:
+        TokenStats of (...) tensors, fp32 (fp64 for fp64 logits); exactly 0 (False), with zero
+        gradient, where the target is -100. Gradients flow through logp and entropy.
+
+    Raises:
+        ValueError: a shape, stride or option differs from the above, or a label is out of range.
+        TypeError: a dtype differs from the above.
+
+    Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867, alg. 3.
+    """
+    if logits.ndim < 1 or target.shape != logits.shape[:-1] or logits.shape[-1] < 1:
+        got = f"{tuple(logits.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"need logits (..., V) and target (...), got {got}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"need logits contiguous in V, got strides {logits.stride()}")
+    if logits.dtype not in _LOGIT_DTYPES or target.dtype != torch.int64:
+        got = f"{logits.dtype} and {target.dtype}"
+        raise TypeError(f"need bf16, fp16, fp32 or fp64 logits and int64 target, got {got}")
+    check_outputs(outputs)
+    check_positive(temperature=temperature)
+    logp, _, *stats = _op(logits, target, temperature, " ".join(outputs), inplace_backward)
+    named = zip(STATS, stats, strict=True)
+    return TokenStats(logp, **{name: value for name, value in named if name in outputs})
+
+
+def logp_from_logits(
+    logits: Tensor, target: Tensor, *, temperature: float = 1.0, inplace_backward: bool = False
+) -> Tensor:
+    """Log-probability of each target token, in nats; no more than a tile in fp32 at a time.
+
+    Args:
+        logits: (..., V) bf16, fp16, fp32 or fp64; contiguous in V, any leading strides (so
+            ``logits[:, :-1]`` is read in place); differentiable.
+        target: (...) int64 in [0, V), or -100. The range is checked on the CPU only.
+        temperature: positive; logits are divided by it.
+        inplace_backward: write the gradient over the logits, which nothing may read afterwards; a
+            second backward through them raises.
+
+    Returns:
+        (...) fp32 (fp64 for fp64 logits), each <= 0; exactly 0, with zero gradient, where the
+        target is -100.
+
+    Raises:
+        ValueError: a shape, stride or option differs from the above, or a label is out of range.
+        TypeError: a dtype differs from the above.
+
+    Source: online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867, alg. 3.
+    """
+    return logp_stats_from_logits(
+        logits,
+        target,
+        outputs=(),
+        temperature=temperature,
+        inplace_backward=inplace_backward,
+    ).logp

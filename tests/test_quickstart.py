@@ -1,0 +1,33 @@
+"""The quickstart, small: its files, its figures, and that it learns what it is told."""
+
+import json
+
+import pytest
+
+from fastpref.quickstart import QuickstartConfig, quickstart
+from fastpref.train.config import ConfigError
+
+SMALL = {"reviews": 1500, "prompts": 192, "eval_prompts": 96}
+
+
+@pytest.mark.slow
+def test_reward_rises_over_three_seeds_and_not_when_shuffled(tmp_path):
+    told = quickstart(QuickstartConfig(output_dir=str(tmp_path / "told"), seeds=3, **SMALL))
+    assert told["gain"] > 3 * told["gain_se"] > 0
+    assert 0 < told["kl"] < 40 and told["accuracy"] > 0.6
+    config = QuickstartConfig(
+        output_dir=str(tmp_path / "shuffled"), seeds=3, shuffle_preferences=True, **SMALL
+    )
+    shuffled = quickstart(config)
+    assert shuffled["gain"] < 3 * shuffled["gain_se"]
+    assert shuffled["gain"] < told["gain"] / 3
+    written = json.loads((tmp_path / "told" / "summary.json").read_text())
+    assert {"gold_reward_before", "gold_reward_after", "kl", "accuracy", "seconds"} <= written.keys()
+    assert written["runs"][0]["pairs"] > 100
+    samples = json.loads((tmp_path / "told" / "samples.json").read_text())
+    assert samples[0].keys() == {"prompt", "before", "after"}
+
+
+def test_rejects():
+    with pytest.raises(ConfigError, match="samples_per_prompt above 1, got 1"):
+        QuickstartConfig(samples_per_prompt=1)
