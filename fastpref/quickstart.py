@@ -113,7 +113,7 @@ def one_seed(
     rows = [{"prompt": r.prompt, "completion": r.completion} for r in corpus]
     data = write_jsonl(folder / "reviews.jsonl", rows)
     tokenizer = tiny_tokenizer([r.prompt + r.completion for r in corpus], vocab_size=512)
-    base = tiny_model(tokenizer, hidden_size=96, num_layers=2, num_heads=4, seed=seed)
+    base = tiny_model(tokenizer, hidden=96, layers=2, heads=4, kv_heads=2, seed=seed)
     common = {"seed": seed, "resume": "auto", "gradient_checkpointing": False, "max_length": 96}
     stage = {"save_strategy": "no", "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
     tuned = sft(

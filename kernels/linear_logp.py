@@ -15,6 +15,7 @@ from fastpref.kernels.linear_logp_plan import Case, Plan, plan
 from fastpref.kernels.linear_logp_torch import Kept, Logits, backward_slabs, forward
 from fastpref.kernels.logp_from_logits import (
     IGNORE_INDEX,
+    ROW_OUTPUTS,
     STATS,
     RowGrads,
     check_outputs,
@@ -49,7 +50,7 @@ def linear_logp_ref(
 
 
 # 2. ops
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _prepare(
@@ -76,12 +77,13 @@ def _prepare(
 
 
 def _allocate(hidden: Tensor, target: Tensor, case: Case, cut: Plan, outputs: str) -> _Outputs:
-    """logp, lse, the statistics, kept slabs (flat), their maxima, row matrices."""
+    """ROW_OUTPUTS, then kept slabs and their maxima (flat), row matrices."""
     M, H = target.shape[0], hidden.shape[1]
     return (
         *empty_stats(target, case.wide, outputs.split()),
-        hidden.new_empty(M * cut.kept_columns, dtype=case.kept_dtype),
-        hidden.new_empty((cut.kept, M), dtype=case.wide),
+        # never of size 0 or 1: tracing would guard on it, and compile again for another length
+        hidden.new_empty(M * cut.kept_columns + 2, dtype=case.kept_dtype),
+        hidden.new_empty(M * cut.kept + 2, dtype=case.wide),
         hidden.new_empty((case.row_matrices, M, H), dtype=case.wide),
     )
 
@@ -108,12 +110,14 @@ def _op(
     if cut.workspace < cut.needed:
         raise ValueError(f"need a workspace of {cut.needed} bytes, got {cut.workspace}")
     out = _allocate(hidden, target, case, cut, outputs)
-    flat = dict(zip(("logp", "lse", *STATS), out, strict=False))
-    kept = Kept(out[6], out[7], cut.width, len(weight))
+    for padded in out[7:9]:
+        padded[-2:] = 0
+    flat = dict(zip(ROW_OUTPUTS, out, strict=False))
+    kept = Kept(out[7], out[8], cut, len(target), len(weight))
     logits = Logits(weight, bias, temperature, logit_scale, softcap)
     names = tuple(outputs.split())
     with full_precision():
-        forward(hidden, target, rows, logits, case, cut, names, flat, kept, out[8])
+        forward(hidden, target, rows, logits, case, cut, names, flat, kept, out[9])
     return out
 
 
@@ -135,8 +139,9 @@ def _op_bwd(
     target: Tensor,
     bias: Tensor | None,
     rows: Tensor | None,
-    lse: Tensor,
     logp: Tensor,
+    max: Tensor,
+    log_total: Tensor,
     entropy: Tensor,
     kept: Tensor,
     maxima: Tensor,
@@ -152,8 +157,8 @@ def _op_bwd(
 ) -> list[Tensor]:
     case, cut = _prepare(hidden, weight, target, rows, softcap, outputs, grads, workspace, reserved)
     logits = Logits(weight, bias, temperature, logit_scale, softcap)
-    row_grads = RowGrads.of(target, lse, logp, entropy, dlogp, dentropy, logits.factor)
-    slabs = Kept(kept, maxima, cut.width, len(weight))
+    row_grads = RowGrads.of(target, logp, max, log_total, entropy, dlogp, dentropy, logits.factor)
+    slabs = Kept(kept, maxima, cut, len(target), len(weight))
     with full_precision():
         dX, dW, db = backward_slabs(hidden, rows, logits, case, cut, row_grads, slabs)
     out = [] if dX is None else [_to_hidden(dX, rows, len(hidden), hidden.dtype)]
@@ -203,21 +208,26 @@ def _(
 # 3. autograd
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     hidden, weight, target, bias, rows, *ctx.options = inputs
-    logp, lse, entropy, top1, mean, squares, kept, maxima, matrices = output
+    logp, top, log_total, entropy, *rest, kept, maxima, matrices = output
     unasked = [] if "entropy" in ctx.options[3].split() else [entropy]
-    ctx.mark_non_differentiable(lse, top1, mean, squares, kept, maxima, matrices, *unasked)
+    ctx.mark_non_differentiable(top, log_total, *rest, kept, maxima, matrices, *unasked)
     ctx.set_materialize_grads(False)  # a kept slab must not cost a dense zero gradient
     ctx.frozen = matrices.shape[0] > 0
     if ctx.frozen:
         ctx.num_rows, ctx.dtype = hidden.shape[0], hidden.dtype
         ctx.save_for_backward(matrices, target, rows)
         return
-    ctx.save_for_backward(hidden, weight, target, bias, rows, lse, logp, entropy)
+    ctx.save_for_backward(hidden, weight, target, bias, rows, logp, top, log_total, entropy)
     ctx.kept = kept, maxima  # not saved through hooks: save_on_cpu would move them out and back
 
 
 def _backward(
-    ctx: Any, dlogp: Tensor | None, _dlse: None, dentropy: Tensor | None, *_: None
+    ctx: Any,
+    dlogp: Tensor | None,
+    _dmax: None,
+    _dlog_total: None,
+    dentropy: Tensor | None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
     none = (None,) * 12
     if dlogp is None and dentropy is None:
@@ -225,13 +235,10 @@ def _backward(
     if ctx.frozen:
         args = (*ctx.saved_tensors, dlogp, dentropy, ctx.num_rows, ctx.dtype)
         return (_op_frozen_bwd(*args), *none[1:])
-    saved, options = ctx.saved_tensors, ctx.options
-    kept = ctx.kept
-    if kept is None:
-        kept = saved[0].new_empty(0), saved[5].new_empty((0, saved[5].shape[0]))
-    ctx.kept = None  # freed with this backward, not with the loss; a second one recomputes
-    found = iter(_op_bwd(*saved, *kept, dlogp, dentropy, *options))
-    d = [next(found) if wanted else None for wanted in options[4]]
+    found = iter(_op_bwd(*ctx.saved_tensors, *ctx.kept, dlogp, dentropy, *ctx.options))
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.kept = None  # freed with this backward; the node itself lives as long as the loss
+    d = [next(found) if wanted else None for wanted in ctx.options[4]]
     return (d[0], d[1], None, d[2], *none[4:])
 
 
@@ -354,7 +361,7 @@ def linear_logp_stats(
         for x in (hidden, weight, bias)
     ]
     options = (temperature, logit_scale, softcap, " ".join(outputs), grads, workspace, reserved)
-    logp, _, *stats = _op(hidden, weight, y, bias, rows, *options)
+    logp, _, _, *stats = _op(hidden, weight, y, bias, rows, *options)
     found = {"logp": logp} | {n: s for n, s in zip(STATS, stats, strict=False) if n in outputs}
     if index is not None:
         full = {n: s.new_zeros(target.numel()) for n, s in found.items()}

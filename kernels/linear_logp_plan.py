@@ -104,7 +104,8 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
         workspace = torch.sym_max(workspace, needed)
     # on CUDA a tile without dW stays in the L2 cache
     tile = (96 << 20 if case.by_slab else 32 << 20) if cuda else 3 << 20
-    room = torch.sym_min(torch.sym_max(tile, column * least), workspace - fixed)
+    # half of the room at most: the other half keeps slabs
+    room = torch.sym_min(tile, (workspace - fixed) // 2)
     width = torch.sym_min(V, torch.sym_max(least, room // (column * 64) * 64))
     kept = kept_columns = 0
     if case.by_slab:

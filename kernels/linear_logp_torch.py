@@ -49,10 +49,11 @@ class Logits:
 
 
 class Kept:
-    """Exponentials of the first slabs, each (M, width) in one flat tensor, and their row maxima."""
+    """Exponentials of the first slabs, each (M, width), and their row maxima, each (M,)."""
 
-    def __init__(self, flat: Tensor, maxima: Tensor, width: int, V: int) -> None:
-        self.flat, self.maxima, self.width, self.V = flat, maxima, width, V
+    def __init__(self, flat: Tensor, maxima: Tensor, cut: Plan, M: int, V: int) -> None:
+        self.flat, self.width, self.V = flat, cut.width, V
+        self.maxima = maxima[: cut.kept * M].view(cut.kept, M)
 
     def __contains__(self, j: int) -> bool:
         return j < len(self.maxima)
@@ -77,12 +78,9 @@ class _RowMatrices:
     ) -> None:
         """Add a slab; ``shifted`` is z - max, read with an entropy gradient or a cap only."""
         cap = self.logits.cap
-        for i in range(
-            len(self.sums) - 1, -1, -1
-        ):  # the weighted sum reads the plain one's old value
-            if i == 1:
-                self.sums[1].addcmul_(self.sums[0], drop[:, None])
-            self.sums[i].mul_(shrink[:, None])
+        if len(self.sums) == 2:  # a weighted sum shifts by the plain one before that changes
+            self.sums[1].addcmul_(self.sums[0], drop[:, None])
+        self.sums.mul_(shrink[:, None])
         if cap is not None:
             top = rows.max[:, None]
             bend_gradient(exps, shifted.add_(top).mul_(1 / cap))
@@ -91,11 +89,12 @@ class _RowMatrices:
         if len(self.sums) == 2:
             product(shifted.mul_(exps).to(W.dtype), W, out=self.sums[1], accumulate=True)
 
-    def finish(self, rows: Rows, stats: dict[str, Tensor], lse: Tensor) -> None:
+    def finish(self, rows: Rows, stats: dict[str, Tensor]) -> None:
         total, logp = rows.total[:, None], stats["logp"]
         label = self.logits.weight.index_select(0, rows.target.clamp(min=0)).to(total.dtype)
         if self.logits.cap is not None:
-            label.mul_((1 - ((logp + lse) / self.logits.cap) ** 2)[:, None])
+            tanh = (logp + stats["log_total"] + rows.max) / self.logits.cap
+            label.mul_((1 - tanh**2)[:, None])
         self.sums.div_(total)
         if len(self.sums) == 2:
             mean = rows.weighted[:, None] / total
@@ -143,11 +142,11 @@ def forward(
                 set_labels(out, state.target, c0, 0.0)
                 frozen.add(out, z, state, shrink, before - state.max, W)
             del W
-        lse, stats = state.finish(V)
-        for name, value in (stats | {"lse": lse}).items():
+        stats = state.finish(V)
+        for name, value in stats.items():
             flat[name][r0:r1] = value
         if frozen is not None:
-            frozen.finish(state, stats, lse)
+            frozen.finish(state, stats)
 
 
 def backward_slabs(

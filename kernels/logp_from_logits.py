@@ -88,10 +88,12 @@ class Rows:
         self.total = shrink * self.total + out.sum(1)
         return shrink
 
-    def finish(self, num_columns: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Log-sum-exp of every row, and the statistics by name: exactly 0 where ignored."""
+    def finish(self, num_columns: int) -> dict[str, Tensor]:
+        """``max`` and ``log_total``, whose sum is the log-sum-exp, and the statistics by name.
+
+        Statistics are exactly 0 where ignored.
+        """
         log_total = self.total.log()
-        lse = self.max + log_total
         # (label - max) first: both are logits, their difference is exact where it matters
         stats = {"logp": (self.label - self.max) - log_total}
         if "entropy" in self.outputs:
@@ -104,7 +106,7 @@ class Rows:
         stats = {name: value.where(keep, 0.0) for name, value in stats.items()}
         if "is_top1" in self.outputs:
             stats["is_top1"] = (self.label == self.max) & keep
-        return lse, stats
+        return stats | {"max": self.max, "log_total": log_total}
 
 
 def label_columns(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -124,29 +126,32 @@ class RowGrads(NamedTuple):
     """What the gradient of R rows with respect to their logits needs; each (R,)."""
 
     target: Tensor
-    lse: Tensor
     logp: Tensor
+    max: Tensor
+    log_total: Tensor  # apart from max: their sum would round
     dlogp: Tensor  # 0 where ignored
-    dentropy: Tensor | None
-    entropy: Tensor | None
+    dentropy: Tensor | None = None
+    entropy: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         target: Tensor,
-        lse: Tensor,
         logp: Tensor,
+        max: Tensor,
+        log_total: Tensor,
         entropy: Tensor,
         dlogp: Tensor | None,
         dentropy: Tensor | None,
         factor: float,
     ) -> "RowGrads":
-        """``factor`` is d z / d logits; ``entropy`` may be empty where ``dentropy`` is None."""
+        """``factor`` is d z / d logits; ``entropy`` is empty where it was not asked for."""
         keep = target != IGNORE_INDEX
-        g = torch.zeros_like(lse) if dlogp is None else (dlogp * factor).where(keep, 0.0)
+        g = torch.zeros_like(logp) if dlogp is None else (dlogp * factor).where(keep, 0.0)
         if dentropy is None:
-            return cls(target, lse, logp, g, None, None)
-        return cls(target, lse, logp, g, (dentropy * factor).where(keep, 0.0), entropy)
+            return cls(target, logp, max, log_total, g)
+        h = (dentropy * factor).where(keep, 0.0)
+        return cls(target, logp, max, log_total, g, h, entropy)
 
     def rows(self, start: int, stop: int) -> "RowGrads":
         return RowGrads(*(None if x is None else x[start:stop] for x in self))
@@ -167,42 +172,39 @@ def slab_gradient(
     Without ``exps`` the slab holds z. With it the slab is only written: exps = exp(z - shift).
     ``cap`` is the softcap in units of z; with it or an entropy gradient ``spare`` is scratch.
     """
-    g = rows.dlogp[:, None]
     if exps is None:
-        slab.sub_(rows.lse[:, None]).exp_()
-        scale = None
-    else:
-        scale = (shift - rows.lse)[:, None]
-    logp = rows.logp
-    at_label = -rows.dlogp * logp.expm1()  # never from the slab: 1 - p is lost where p is near 1
+        exps, shift = slab.sub_(rows.max[:, None]).exp_(), rows.max
+    scale = ((shift - rows.max) - rows.log_total)[:, None]  # log p = log exps + scale
+    at_label = -rows.dlogp * rows.logp.expm1()  # not from the slab: 1 - p is lost where p is near 1
     if rows.dentropy is None and cap is None:
-        if exps is None:
-            slab.mul_(-g)
-        elif exps.dtype == slab.dtype:
-            torch.mul(exps, -g * scale.exp(), out=slab)
+        factor = -rows.dlogp[:, None] * scale.exp()
+        if exps.dtype == slab.dtype:
+            torch.mul(exps, factor, out=slab)
         else:
-            slab.copy_(exps).mul_(-g * scale.exp())
+            slab.copy_(exps).mul_(factor)
         set_labels(slab, rows.target, start, at_label)
         return slab
-    if exps is not None:
+    if exps is not slab:
         slab.copy_(exps)
     torch.clamp(slab, min=torch.finfo(slab.dtype).tiny, out=spare).log_()  # finite where p is 0
-    if scale is not None:
-        slab.mul_(scale.exp())
-        spare.add_(scale)
+    spare.add_(scale)
+    slab.mul_(scale.exp())
+    lse = rows.max + rows.log_total
     if cap is not None:
-        bend_gradient(slab, spare.add_(rows.lse[:, None]).mul_(1 / cap))
-        at_label = at_label * (1 - ((logp + rows.lse) / cap) ** 2)
-        spare.mul_(cap).sub_(rows.lse[:, None])
+        bend_gradient(slab, spare.add_(lse[:, None]).mul_(1 / cap))
+        spare.mul_(cap).sub_(lse[:, None])
     if rows.dentropy is None:
-        slab.mul_(-g)
+        slab.mul_(-rows.dlogp[:, None])
     else:
-        h = rows.dentropy[:, None]
-        slab.mul_(spare.add_(rows.entropy[:, None]).mul_(-h).sub_(g))
-        label_part = rows.dentropy * logp.exp() * (logp + rows.entropy)
-        if cap is not None:
-            label_part = label_part * (1 - ((logp + rows.lse) / cap) ** 2)
-        at_label = at_label - label_part
+        slab.mul_(
+            spare.add_(rows.entropy[:, None])
+            .mul_(-rows.dentropy[:, None])
+            .sub_(rows.dlogp[:, None])
+        )
+        share = rows.logp.exp() * (rows.logp + rows.entropy)
+        at_label = at_label - rows.dentropy * share
+    if cap is not None:
+        at_label = at_label * (1 - ((rows.logp + lse) / cap) ** 2)
     set_labels(slab, rows.target, start, at_label)
     return slab
 
@@ -261,10 +263,13 @@ def _scratch(logits: Tensor) -> Tensor:
     return logits.new_empty(min(_TILE, logits.numel()), dtype=wide)
 
 
+ROW_OUTPUTS = ("logp", "max", "log_total", *STATS)
+
+
 def empty_stats(like: Tensor, dtype: torch.dtype, outputs: list[str]) -> tuple[Tensor, ...]:
-    """logp and lse like ``like``, then every statistic of STATS; those not asked for are empty."""
+    """ROW_OUTPUTS, each of ``like``'s shape; statistics that are not asked for are empty."""
     out = [torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)]
-    out.append(torch.empty_like(out[0]))
+    out += [torch.empty_like(out[0]) for _ in range(2)]
     for name in STATS:
         kind = torch.bool if name == "is_top1" else dtype
         empty = out[0].new_empty(0, dtype=kind)
@@ -272,7 +277,7 @@ def empty_stats(like: Tensor, dtype: torch.dtype, outputs: list[str]) -> tuple[T
     return tuple(out)
 
 
-_Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("fastpref::logp_from_logits", mutates_args=())
@@ -282,7 +287,7 @@ def _op(logits: Tensor, target: Tensor, temperature: float, outputs: str, inplac
     check_target(target, V)
     wide = torch.promote_types(logits.dtype, torch.float32)
     stats = empty_stats(target, wide, names)
-    flat = dict(zip(("logp", "lse", *STATS), (s.view(-1) for s in stats), strict=True))
+    flat = dict(zip(ROW_OUTPUTS, (s.view(-1) for s in stats), strict=True))
     y, scratch = target.reshape(-1), _scratch(logits)
     spare = torch.empty_like(scratch) if "entropy" in names else scratch
     for r0, r1, (block,) in _row_tiles(logits):
@@ -290,8 +295,7 @@ def _op(logits: Tensor, target: Tensor, temperature: float, outputs: str, inplac
         for c0, c1 in tiles(V, _TILE):
             slab = _slab(block[:, c0:c1], scratch, temperature)
             rows.add(slab, c0, spare[: slab.numel()].view(slab.shape))
-        lse, found = rows.finish(V)
-        for name, value in (found | {"lse": lse}).items():
+        for name, value in rows.finish(V).items():
             flat[name][r0:r1] = value
     return stats
 
@@ -306,18 +310,17 @@ def _write_gradient(
     out: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
     logp: Tensor,
+    max: Tensor,
+    log_total: Tensor,
     entropy: Tensor,
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     temperature: float,
 ) -> None:
-    flat = [None if g is None else g.reshape(-1) for g in (dlogp, dentropy)]
-    y = target.reshape(-1)
-    grads = RowGrads.of(
-        y, lse.view(-1), logp.view(-1), entropy.view(-1), *flat, factor=1 / temperature
-    )
+    flat = (None if x is None else x.reshape(-1) for x in (logp, max, log_total, entropy, dlogp))
+    y, h = target.reshape(-1), None if dentropy is None else dentropy.reshape(-1)
+    grads = RowGrads.of(y, *flat, h, 1 / temperature)
     scratch = _scratch(logits)
     spare = None if dentropy is None else torch.empty_like(scratch)
     keep = (y != IGNORE_INDEX)[:, None]
@@ -334,15 +337,17 @@ def _write_gradient(
 def _op_bwd(
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
     logp: Tensor,
+    max: Tensor,
+    log_total: Tensor,
     entropy: Tensor,
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
     out = torch.empty_like(logits)
-    _write_gradient(out, logits, target, lse, logp, entropy, dlogp, dentropy, temperature)
+    row_values = (logp, max, log_total, entropy, dlogp, dentropy)
+    _write_gradient(out, logits, target, *row_values, temperature)
     return out
 
 
@@ -355,28 +360,35 @@ def _(logits: Tensor, *args: Any) -> Tensor:
 def _op_bwd_(
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
     logp: Tensor,
+    max: Tensor,
+    log_total: Tensor,
     entropy: Tensor,
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     temperature: float,
 ) -> None:
-    _write_gradient(logits, logits, target, lse, logp, entropy, dlogp, dentropy, temperature)
+    row_values = (logp, max, log_total, entropy, dlogp, dentropy)
+    _write_gradient(logits, logits, target, *row_values, temperature)
 
 
 # 4. autograd
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     logits, target, ctx.temperature, outputs, ctx.inplace = inputs
-    logp, lse, entropy, *rest = output
-    ctx.save_for_backward(logits, target, lse, logp, entropy)
+    logp, top, log_total, entropy, *rest = output
+    ctx.save_for_backward(logits, target, logp, top, log_total, entropy)
     unasked = [] if "entropy" in outputs.split() else [entropy]
-    ctx.mark_non_differentiable(lse, *rest, *unasked)
+    ctx.mark_non_differentiable(top, log_total, *rest, *unasked)
     ctx.set_materialize_grads(False)  # an unused output must not cost a dense zero gradient
 
 
 def _backward(
-    ctx: Any, dlogp: Tensor | None, _dlse: None, dentropy: Tensor | None, *_: None
+    ctx: Any,
+    dlogp: Tensor | None,
+    _dmax: None,
+    _dlog_total: None,
+    dentropy: Tensor | None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
     args = (*ctx.saved_tensors, dlogp, dentropy, ctx.temperature)
     if ctx.inplace:
@@ -440,7 +452,7 @@ def logp_stats_from_logits(
         raise TypeError(f"need bf16, fp16, fp32 or fp64 logits and int64 target, got {got}")
     check_outputs(outputs)
     check_positive(temperature=temperature)
-    logp, _, *stats = _op(logits, target, temperature, " ".join(outputs), inplace_backward)
+    logp, _, _, *stats = _op(logits, target, temperature, " ".join(outputs), inplace_backward)
     named = zip(STATS, stats, strict=True)
     return TokenStats(logp, **{name: value for name, value in named if name in outputs})
 

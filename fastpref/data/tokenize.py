@@ -137,10 +137,10 @@ class _Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], stops: set[int]):
         self._tokenizer = tokenizer
         self._kwargs = kwargs
-        added = tokenizer.added_tokens_decoder
-        marks = {i for i, token in added.items() if token.special} | stops
-        named = (str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(marks))
-        self._ends = tuple(named)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._marks = {
+            str(tokenizer.convert_ids_to_tokens(i)): i in stops for i in sorted(special | stops)
+        }
 
     def _render(self, example: Example, messages: list[Message], reply_next: bool) -> str:
         kwargs = {**self._kwargs, **(example.template_kwargs or {})}
@@ -181,6 +181,7 @@ class _Template:
             start = self._render(example, before, True) if n or not reply_next else prompt
             last = n == len(completion) - 1
             end = full if last else self._render(example, [*before, message], False)
+            end = end[: len(start) + self._turn_end(end[len(start) :])]
             for text in (start, end):
                 if not full.startswith(text):
                     raise _refusal(example, len(before), text, full)
@@ -188,9 +189,18 @@ class _Template:
         return spans
 
     def _turn_end(self, turn: str) -> int:
-        """Length without the white space that the template puts after the stop token."""
-        kept = turn.rstrip()
-        return len(kept) if kept.endswith(self._ends) else len(turn)
+        """Length up to the first stop token of the special tokens and white space that end a turn.
+
+        Up to the last special token where none of them is a known stop token; all of the turn where
+        it does not end in special tokens.
+        """
+        rest = turn.rstrip()
+        end = None
+        while mark := next((m for m in self._marks if rest.endswith(m)), None):
+            if self._marks[mark] or end is None:
+                end = len(rest)
+            rest = rest[: -len(mark)].rstrip()
+        return len(turn) if end is None else end
 
     def texts(self, example: Example) -> list[_Text]:
         """The prompt and the segments of each completion of a row of message lists."""
@@ -222,11 +232,16 @@ class _Template:
 
 
 def _refusal(example: Example, turn: int, need: str, full: str) -> DataError:
+    """The error of a template whose text of the first turns, `need`, does not start `full`."""
     same = next((i for i, (a, b) in enumerate(zip(need, full, strict=False)) if a != b), len(full))
+    if turn == len(example.prompt):
+        cure = "set chat_template_kwargs (as enable_thinking), or give the reply what it leaves out"
+    else:
+        cure = "use a template with {% generation %} marks, or rows with one reply after the prompt"
     return DataError(
-        f"{example.source}: turn {turn}: need a chat template that leaves what it wrote"
-        f" when turns follow, got {full[same : same + 40]!r} where it had {need[same : same + 40]!r}; use a"
-        " template with {% generation %} marks, or rows with one assistant turn after the prompt"
+        f"{example.source}: turn {turn}: need a chat template that leaves its text as it is when"
+        f" turns follow, got {full[same : same + 40]!r} where it had {need[same : same + 40]!r};"
+        f" {cure}"
     )
 
 
@@ -340,8 +355,9 @@ def tokenize(
 
     Message lists. The prompt is the template's text of the prompt messages and its generation
     prompt; a completion is what the template yields after it, up to the last assistant turn's stop
-    token: white space after a stop (or other special) token is the template's and is not scored,
-    and what follows the last scored token is left out. Scored is what {% generation %} marks
+    token: special tokens and white space after it (white space after the last special token where
+    none is known to stop) are the template's and are not scored, and what follows the last scored
+    token is left out. Scored is what {% generation %} marks
     enclose, in a template without them each assistant turn, found as the text by which the template
     extends the turns before it. A template that rewrites earlier turns is refused. Completions that
     start with another role follow the prompt without a generation prompt.

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -143,6 +144,16 @@ def load_tokenizer(
             " its tokenizer_config.json"
         )
     return tokenizer
+
+
+def load_generation_config(
+    name_or_path: str, *, revision: str | None = None
+) -> GenerationConfig | None:
+    """The generation config of a local folder or a hub id; None where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(name_or_path, revision=revision)
+    except OSError:
+        return None
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

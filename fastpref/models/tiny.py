@@ -1,6 +1,7 @@
 """Tiny models and tokenizers made on the spot: for tests, recipes and the quickstart."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from fastpref.data.formats import Example, load_examples
+from fastpref.models.attention import ModelError
 
 PAD, EOS = "<|pad|>", "<|end|>"
 TURN = "<|turn|>"
@@ -155,3 +159,64 @@ def save_tiny(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer
+
+
+@dataclass(kw_only=True)
+class TinyConfig:
+    """A small random model whose tokenizer is trained on a data file."""
+
+    dataset_name: str
+    """Local file or folder, or a hub id, whose text trains the tokenizer."""
+    output_dir: str
+    """Folder that receives model and tokenizer."""
+    vocab_size: int = 2048
+    """Most tokens."""
+    architecture: str = "llama"
+    """A model type of transformers: llama, qwen2, qwen3, mistral, gemma2, granite, cohere, ..."""
+    hidden_size: int = 128
+    """Width."""
+    num_hidden_layers: int = 4
+    """Depth."""
+    num_attention_heads: int = 4
+    """Attention heads."""
+    num_key_value_heads: int = 2
+    """Key and value heads."""
+    tie_word_embeddings: bool = False
+    """One matrix for the embedding and the head."""
+    seed: int = 0
+    """Seed of the weights."""
+
+
+def make_tiny(config: TinyConfig) -> None:
+    """Write the model that the config describes; chat rows bring a chat template along."""
+    folder = Path(config.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise ModelError(f"need an empty or new output_dir, got {folder} with files in it")
+    examples, _ = load_examples(config.dataset_name, "sft")
+    chat = isinstance(examples[0].prompt, list)
+    model, tokenizer = save_tiny(
+        folder,
+        (text for example in examples for text in texts_of(example)),
+        vocab_size=config.vocab_size,
+        chat_template=CHAT_TEMPLATE if chat else None,
+        architecture=config.architecture,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        tie=config.tie_word_embeddings,
+        seed=config.seed,
+    )
+    print(
+        f"{folder}: {config.architecture} of {model.num_parameters():,} parameters, "
+        f"{len(tokenizer)} tokens"
+    )
+
+
+def texts_of(example: Example) -> Iterator[str]:
+    """Every text of a row: strings as they are, messages by their content."""
+    for part in (example.prompt, *example.completions):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from (m["content"] for m in part if isinstance(m.get("content"), str))

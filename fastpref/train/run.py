@@ -10,13 +10,19 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from fastpref.data.formats import DataError, load_examples, to_examples
+from fastpref.data.formats import DataError, Example, Kind, load_examples, to_examples
 from fastpref.data.tokenize import Group, tokenize
 from fastpref.methods.base import Method
 from fastpref.methods.dpo import DPO, LossFn
 from fastpref.methods.sft import SFT
 from fastpref.models.head import LogpModel
-from fastpref.models.load import check_agreement, check_vocabulary, load_model, load_tokenizer
+from fastpref.models.load import (
+    check_agreement,
+    check_vocabulary,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+)
 from fastpref.train import checkpoint
 from fastpref.train.config import (
     ConfigError,
@@ -133,6 +139,7 @@ def run(
     """Everything between a checked configuration and a saved model."""
     folder = Path(config.output_dir)
     resume = checkpoint.find(folder, config.resume)
+    model = model.model if isinstance(model, LogpModel) else model
     if model is None and config.model_name_or_path is None:
         raise ConfigError("need model_name_or_path, or a model from Python")
     if tokenizer is None:
@@ -143,12 +150,15 @@ def run(
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-    train_groups = read_groups(config, method, tokenizer, data.train, "train")
-    eval_groups = (
-        read_groups(config, method, tokenizer, data.evaluation, "eval")
-        if data.evaluation is not None or wants_evaluation(config)
-        else []
+    generation_config = (
+        load_generation_config(str(config.model_name_or_path), revision=config.model_revision)
+        if model is None
+        else model.generation_config
     )
+    reader = Reader(config, method.kind, tokenizer, generation_config)
+    train_groups = reader.groups("train", data.train)
+    evaluates = data.evaluation is not None or wants_evaluation(config)
+    eval_groups = reader.groups("eval", data.evaluation) if evaluates else []
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     torch.manual_seed(config.seed)
     if model is None:
@@ -158,7 +168,7 @@ def run(
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-    policy = model if isinstance(model, LogpModel) else LogpModel(model)
+    policy = LogpModel(model)
     engine = TorchEngine(policy, device, bf16=wants_autocast(config, policy, device))
     check_vocabulary(policy.model, tokenizer)
     check_agreement(policy, train_groups[0])
@@ -215,17 +225,41 @@ def wants_autocast(config: TrainConfig, policy: LogpModel, device: torch.device)
     return device.type == "cuda" and policy.model.dtype == torch.float32
 
 
-def read_groups(
-    config: TrainConfig, method: Method, tokenizer: Any, rows: Rows | None, part: str
-) -> list[Group]:
-    """Rows or files to tokenised groups, with a line that says what was dropped and why."""
-    options: dict[str, Any] = {
-        "turn_marker": config.turn_marker,
-        "skip_bad_rows": config.skip_bad_rows,
-    }
-    if rows is not None:
-        examples, dropped = to_examples(rows, method.kind, name=f"{part}_dataset", **options)
-    else:
+@dataclass(frozen=True)
+class Reader:
+    """Rows or files to tokenised groups."""
+
+    config: TrainConfig
+    kind: Kind
+    tokenizer: Any
+    generation_config: Any
+    """The model's: it may know stop tokens that the tokenizer does not."""
+
+    def groups(self, part: str, rows: Rows | None) -> list[Group]:
+        """The groups of the ``train`` or ``eval`` part; a line says what was dropped and why."""
+        examples, dropped = self.examples(part, rows)
+        groups, cut = tokenize(
+            examples,
+            self.tokenizer,
+            max_length=self.config.max_length,
+            truncation_mode=self.config.truncation_mode,
+            generation_config=self.generation_config,
+        )
+        counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
+        line = ", ".join([f"{part}: {len(groups)} groups of {len(examples)} rows", *counts])
+        if not groups:
+            raise DataError(f"need at least one group to learn from, got {line}")
+        say(line)
+        return groups
+
+    def examples(self, part: str, rows: Rows | None) -> tuple[list[Example], dict[str, int]]:
+        config = self.config
+        options: dict[str, Any] = {
+            "turn_marker": config.turn_marker,
+            "skip_bad_rows": config.skip_bad_rows,
+        }
+        if rows is not None:
+            return to_examples(rows, self.kind, name=f"{part}_dataset", **options)
         name, split = config.dataset_name, config.dataset_train_split
         if part == "eval":
             split = config.dataset_test_split
@@ -234,21 +268,9 @@ def read_groups(
                 split = "train" if Path(name).is_file() else split  # a file is one split
         if name is None:
             raise ConfigError(f"need dataset_name, or {part}_dataset from Python")
-        examples, dropped = load_examples(
-            name, method.kind, split=split, config_name=config.dataset_config, **options
+        return load_examples(
+            name, self.kind, split=split, config_name=config.dataset_config, **options
         )
-    groups, cut = tokenize(
-        examples,
-        tokenizer,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
-    )
-    counts = {name: n for name, n in (dropped | cut).items() if n}
-    detail = "".join(f", {name} {n}" for name, n in counts.items())
-    say(f"{part}: {len(groups)} groups of {len(examples)} rows{detail}")
-    if not groups:
-        raise DataError(f"{part}: need at least one group to learn from, got none{detail}")
-    return groups
 
 
 def write_config(config: TrainConfig, path: Path) -> None:

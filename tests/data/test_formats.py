@@ -55,6 +55,11 @@ def test_json_lines(tmp_path, suffix):
     assert not any(counts.values())
 
 
+def test_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps(PAIR))
+    assert len(load_examples(tmp_path / "a.jsonl", "preference")[0]) == 1
+
+
 def test_json_array_knows_its_lines(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("\ufeff" + json.dumps([PAIR, PAIR, {**PAIR, "chosen": 3}], indent=1))
@@ -90,7 +95,13 @@ def test_parquet_leaves_absent_fields_out(tmp_path):
 
 
 def test_folder_by_split(tmp_path):
-    for name in ("b-train-00001.jsonl", "b-train-00000.jsonl.gz", "val/0.jsonl", "my_eval.json"):
+    for name in (
+        "b-train-00001.jsonl",
+        "b-train-00000.jsonl.gz",
+        "train/val.jsonl",
+        "my_eval.json",
+        "train-or-test.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, [{**PAIR, "chosen": name}])
     (tmp_path / "README.md").write_text("no data")
@@ -100,11 +111,11 @@ def test_folder_by_split(tmp_path):
     }
     assert found == {
         "train": [("b-train-00000.jsonl.gz:1", 0), ("b-train-00001.jsonl:1", 1)],
-        "validation": [("val/0.jsonl:1", 0)],
+        "validation": [("train/val.jsonl:1", 0)],
         "test": [("my_eval.json:1", 0)],
     }
     (tmp_path / "my_eval.json").unlink()
-    with pytest.raises(DataError, match=r"split 'test', got .*val/0.jsonl \(validation\)"):
+    with pytest.raises(DataError, match=r"split 'test', got .*train/val.jsonl \(validation\)"):
         load_examples(tmp_path, "preference", split="test")
 
 
@@ -321,7 +332,8 @@ def test_options_and_extras():
 
 def test_extras_that_some_rows_lack_are_left_out():
     rows = [{**PAIR, "a": 1, "b": 2}, {**PAIR, "a": 3, "b": None}, {**PAIR, "a": 4, "c": 10**400}]
-    with pytest.warns(UserWarning, match=r"no finite number there: b$"):
+    rows = [{**row, "d": number} for row, number in zip(rows, (1, float("nan"), 1), strict=True)]
+    with pytest.warns(UserWarning, match=r"no finite number there: b, d$"):
         examples, _ = to_examples(rows, "preference")
     assert [e.extras for e in examples] == [{"a": 1.0}, {"a": 3.0}, {"a": 4.0}]
 
@@ -351,6 +363,13 @@ def test_bad_rows(change, message):
     assert got.startswith("data[0]: ")
     if change.get("rejected") != [USER] or "prompt" in change:
         assert message in got
+
+
+def test_a_row_nested_too_deeply():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert "nested too deeply" in fault({**PAIR, "tools": deep})
 
 
 def test_nothing_to_learn_from():

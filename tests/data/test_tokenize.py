@@ -229,9 +229,25 @@ def test_marks_around_part_of_a_reply():
 
 
 def test_template_that_rewrites_the_prompt_is_refused():
-    counts = "{{ messages | length }}" + CHATML
-    with pytest.raises(DataError, match=r"^data:1: turn 1: .*got '2<\|im.* where it had '1<\|im"):
-        tokenize([chat([HI], [YES])], chatml(counts))
+    for template in (CHATML, MARKED):
+        counts = "{{ messages | length }}" + template
+        with pytest.raises(DataError, match=r"^data:1: turn 1: .*got '2<\|im.* where it had '1<"):
+            tokenize([chat([HI], [YES])], chatml(counts))
+
+
+def test_a_turn_ends_at_its_first_stop_token():
+    """As Phi-3: <|end|> ends a turn, and the tokenizer's EOS the whole text."""
+    template = CHATML.replace("<|im_end|>", "<|end|>") + "{% if not add_generation_prompt %}"
+    template += "{{ eos_token }}{% endif %}"
+    tokenizer = words(("<|im_start|>", "<|end|>", "</s>"), template, eos_token="</s>")
+    made, _ = group(chat([HI], [YES]), tokenizer)
+    assert made.completions == ([11, 21, 1, 22],)
+    config = SimpleNamespace(eos_token_id=[21, 22])
+    made, _ = group(chat([HI], [YES, WHY, NO]), tokenizer, generation_config=config)
+    assert made.completions == ([11, 21, 1, 20, 5, 1, 13, 21, 1, 20, 6, 1, 12, 21],)
+    assert made.scored == ([True] * 2 + [False] * 10 + [True] * 2,)
+    with pytest.raises(DataError, match="turn 1: need a chat template that leaves"):
+        tokenize([chat([HI], [YES, WHY, NO])], tokenizer)
 
 
 def test_a_template_without_stop_keeps_its_text():

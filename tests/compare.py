@@ -1,0 +1,30 @@
+"""The one tolerance rule: no worse than twice plain torch in the same dtype, plus one ulp."""
+
+import torch
+from torch import Tensor
+
+
+def assert_no_worse(ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor]):
+    """Largest error against the fp64 truth; the ulp is that of the output's dtype and size."""
+    assert ours.keys() == torchs.keys() == truth.keys()
+    for name, want in truth.items():
+        assert ours[name].shape == want.shape, name
+        if not want.numel():
+            continue
+        err, base = ((t[name].double() - want).abs().max() for t in (ours, torchs))
+        ulp = torch.finfo(ours[name].dtype).eps * want.abs().max()
+        assert err <= 2 * base + ulp, f"{name}: {err:.1e}, torch {base:.1e}, ulp {ulp:.1e}"
+
+
+def assert_same(ours: dict[str, Tensor], other: dict[str, Tensor]):
+    """Bit for bit, NaN equal to NaN."""
+    assert ours.keys() == other.keys()
+    for name, want in other.items():
+        torch.testing.assert_close(ours[name], want, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def ulps(ours: Tensor, truth: Tensor) -> float:
+    """Largest distance in units in the last place of ``ours``' dtype at the truth's own size."""
+    eps = torch.finfo(ours.dtype).eps
+    exponent = torch.floor(torch.log2(truth.abs().clamp(min=torch.finfo(ours.dtype).tiny)))
+    return float(((ours.double() - truth).abs() / (eps * torch.exp2(exponent))).max())
