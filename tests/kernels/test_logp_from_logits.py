@@ -1,0 +1,138 @@
+"""logp_from_logits against plain torch in fp64, forward and backward."""
+
+import pytest
+import torch
+from compare import assert_no_worse, assert_same
+from torch.library import opcheck
+
+import fastpref.kernels.logp_from_logits as module
+from fastpref.kernels.logp_from_logits import (
+    _op,
+    logp_from_logits,
+    logp_stats_from_logits,
+    stats_from_logits_ref,
+)
+
+DEV = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(*shape, V=129, dtype=torch.float32, scale=3.0):
+    gen = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(*shape, V, generator=gen)
+    target = torch.randint(V, shape, generator=gen)
+    target.view(-1)[1::3] = -100
+    return logits.to(DEV, dtype), target.to(DEV)
+
+
+def run(fn, logits, target, **options):
+    x = logits.detach().requires_grad_()
+    stats = fn(x, target, **options)
+    gen = torch.Generator().manual_seed(7)
+    g, h = (torch.randn(target.shape, generator=gen).to(DEV) for _ in range(2))
+    ((stats.logp * g).sum() + (stats.entropy * h).sum()).backward()
+    out = {k: v.detach() for k, v in stats._asdict().items() if k != "is_top1"}
+    return out | {"dlogits": x.grad, "is_top1": stats.is_top1.to(out["logp"].dtype)}
+
+
+@pytest.fixture(params=[1 << 19, 100], ids=["one tile", "many tiles"])
+def tile(request, monkeypatch):
+    monkeypatch.setattr(module, "_TILE", request.param)
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "V"), [((1,), 1), ((), 9), ((7,), 129), ((2, 3), 5003)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_no_worse_than_torch(shape, V, dtype, temperature):
+    logits, target = make(*shape, V=V, dtype=dtype)
+    assert_no_worse(
+        run(logp_stats_from_logits, logits, target, temperature=temperature),
+        run(stats_from_logits_ref, logits, target, temperature=temperature),
+        run(stats_from_logits_ref, logits.double(), target, temperature=temperature),
+    )
+
+
+@pytest.mark.usefixtures("tile")
+def test_strided_views_are_read_in_place():
+    logits, target = make(3, 5, V=70)
+    want = run(logp_stats_from_logits, logits[:, :-1].contiguous(), target[:, 1:])
+    assert_same(run(logp_stats_from_logits, logits[:, :-1], target[:, 1:]), want)
+    turned = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    got = run(logp_stats_from_logits, turned[:, :-1], target[:, 1:])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.usefixtures("tile")
+def test_gradcheck():
+    logits, target = make(3, V=150, dtype=torch.float64)
+
+    def fn(x):
+        return logp_stats_from_logits(x, target, outputs=("entropy",), temperature=0.7)[:2]
+
+    assert torch.autograd.gradcheck(fn, logits.requires_grad_())
+
+
+@pytest.mark.usefixtures("tile")
+def test_block_of_minus_inf():
+    logits, _ = make(2, V=900)
+    logits[:, :800] = float("-inf")
+    target = torch.tensor([850, 899], device=DEV)
+    got, want = (run(fn, logits, target) for fn in (logp_stats_from_logits, stats_from_logits_ref))
+    want["dlogits"].nan_to_num_(0.0)  # torch's own entropy gradient is NaN at p = 0
+    torch.testing.assert_close(got, want)
+
+
+def test_padding_may_hold_nan():
+    logits, target = make(6)
+    clean = run(logp_stats_from_logits, logits, target)
+    logits[target == -100] = float("nan")
+    assert_same(run(logp_stats_from_logits, logits, target), clean)
+    assert not clean["dlogits"][target == -100].any()
+
+
+def test_the_gradient_can_replace_the_logits():
+    base, target = make(2, 5)
+    want = torch.autograd.grad(logp_from_logits(leaf := base.requires_grad_(), target).sum(), leaf)[
+        0
+    ]
+    logits = leaf * 1
+    logp = logp_from_logits(logits, target, inplace_backward=True)
+    got = torch.autograd.grad(logp.sum(), leaf, retain_graph=True)[0]
+    assert torch.equal(got, want)
+    assert torch.equal(logits, want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
+
+
+@pytest.mark.parametrize("outputs", ["", "entropy is_top1"])
+def test_op_registration(outputs):
+    logits, target = make(2, 3, V=17)
+    opcheck(_op, (logits.requires_grad_(), target, 0.7, outputs, False))
+
+
+def test_nothing_to_score():
+    logits, target = make(0)
+    out = run(logp_stats_from_logits, logits, target)
+    assert out["logp"].shape == (0,) and out["dlogits"].shape == logits.shape
+
+
+X, Y = torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "options", "error"),
+    [
+        (X, Y[:1], {}, ValueError),
+        (X[0], Y, {}, ValueError),
+        (X[:, :0], Y, {}, ValueError),
+        (torch.zeros(4, 2).T, Y, {}, ValueError),
+        (X, Y, {"temperature": -1.0}, ValueError),
+        (X, Y + 4, {}, ValueError),
+        (X, Y - 1, {}, ValueError),
+        (X.int(), Y, {}, TypeError),
+        (X, Y.int(), {}, TypeError),
+    ],
+)
+def test_rejects(logits, target, options, error):
+    with pytest.raises(error, match=r"need .*got"):
+        logp_from_logits(logits, target, **options)
