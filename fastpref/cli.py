@@ -44,10 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        ["usage: fastpref COMMAND [--config recipe.yaml] [--key value ...]", "", *lines, ""]
-        + ["fastpref COMMAND --help lists the keys of a command."]
-    )
+    head = "usage: fastpref COMMAND [--config recipe.yaml] [--key value ...]"
+    tail = "fastpref COMMAND --help lists the keys of a command."
+    return "\n".join([head, "", *lines, "", tail])
 
 
 def run_command(command: str, args: list[str]) -> int:
@@ -66,7 +65,7 @@ def run_command(command: str, args: list[str]) -> int:
         "tiny": (TinyConfig, make_tiny),
     }
     config_class, action = commands[command]
-    logging.disable_progress_bar()  # one bar is enough, and it is ours
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar is enough, and it is ours
     action(parse(command, config_class, args))
     return 0
 

@@ -6,6 +6,7 @@ Source: arXiv:2305.18290, section 6.1 (there: film reviews, GPT-2 large, a senti
 
 import json
 import random
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastpref.models.head import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 from fastpref.rollout.generate import SamplingParams, generate
 from fastpref.train.config import ConfigError, DPOConfig, SFTConfig
-from fastpref.train.run import dpo, sft
+from fastpref.train.run import Result, dpo, sft
 
 MAX_NEW_TOKENS = 48
 
@@ -92,7 +93,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     began = time.perf_counter()
     root = Path(config.output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    outcomes, shown = [], []
+    outcomes: list[Outcome] = []
+    shown: list[dict[str, str]] = []
     for seed in range(config.seed, config.seed + config.seeds):
         outcome, samples = one_seed(config, seed, root / f"seed-{seed}")
         outcomes.append(outcome)
@@ -109,54 +111,19 @@ def one_seed(
 ) -> tuple[Outcome, list[dict[str, str]]]:
     """Corpus, SFT, pairs, DPO and both standings for one seed."""
     began = time.perf_counter()
-    corpus = reviews(config.reviews, seed)
-    rows = [{"prompt": r.prompt, "completion": r.completion} for r in corpus]
-    data = write_jsonl(folder / "reviews.jsonl", rows)
-    tokenizer = tiny_tokenizer([r.prompt + r.completion for r in corpus], vocab_size=512)
-    base = tiny_model(tokenizer, hidden=96, layers=2, heads=4, kv_heads=2, seed=seed)
-    common = {"seed": seed, "resume": "auto", "gradient_checkpointing": False, "max_length": 96}
-    stage = {"save_strategy": "no", "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
-    tuned = sft(
-        SFTConfig(
-            dataset_name=str(data),
-            output_dir=str(folder / "sft"),
-            per_device_train_batch_size=64,
-            num_train_epochs=3,
-            learning_rate=3e-3,
-            logging_steps=20,
-            **common,
-            **stage,
-        ),
-        model=base,
-        tokenizer=tokenizer,
-    )
-    reference = tuned.model.frozen_copy()
-    fresh = [r.prompt for r in reviews(config.prompts + config.eval_prompts, seed + 10_000)]
-    prompts = token_ids(fresh, tokenizer)
-    train_prompts, eval_prompts = prompts[: config.prompts], prompts[config.prompts :]
-    before = judge(reference, reference, tokenizer, eval_prompts, seed)
+    tuned = fine_tune(config, seed, folder)
+    tokenizer, reference = tuned.tokenizer, tuned.model.frozen_copy()
+    openings = [r.prompt for r in reviews(config.prompts + config.eval_prompts, seed + 10_000)]
+    prompts = token_ids(openings, tokenizer)
+    halves = slice(config.prompts), slice(config.prompts, None)
     rng = random.Random(seed)
-    pairs = sampled_pairs(config, reference, tokenizer, fresh[: config.prompts], train_prompts, rng)
-    held = sampled_pairs(config, reference, tokenizer, fresh[config.prompts :], eval_prompts, rng)
-    trained = dpo(
-        DPOConfig(
-            dataset_name=str(write_jsonl(folder / "pairs.jsonl", pairs)),
-            eval_dataset_name=str(write_jsonl(folder / "held_out_pairs.jsonl", held)),
-            eval_strategy="epoch",
-            output_dir=str(folder / "dpo"),
-            per_device_train_batch_size=32,
-            num_train_epochs=config.num_train_epochs,
-            learning_rate=config.learning_rate,
-            beta=config.beta,
-            loss_type=config.loss_type,
-            logging_steps=5,
-            **common,
-            **stage,
-        ),
-        model=tuned.model,
-        tokenizer=tokenizer,
+    pairs, held_out = (
+        sampled_pairs(config, reference, tokenizer, openings[half], prompts[half], rng)
+        for half in halves
     )
-    after = judge(trained.model, reference, tokenizer, eval_prompts, seed)
+    before = judge(reference, reference, tokenizer, prompts[halves[1]], seed)
+    trained = prefer(config, seed, folder, tuned, pairs, held_out)
+    after = judge(trained.model, reference, tokenizer, prompts[halves[1]], seed)
     outcome = Outcome(
         seed=seed,
         gold_reward_before=before.reward,
@@ -169,12 +136,64 @@ def one_seed(
         pairs=len(pairs),
         seconds=time.perf_counter() - began,
     )
-    openings = fresh[config.prompts :]
-    samples = [
-        {"prompt": p, "before": b, "after": a}
-        for p, b, a in zip(openings[:4], before.texts, after.texts, strict=False)
-    ]
-    return outcome, samples
+    texts = zip(openings[halves[1]], before.texts, after.texts, strict=True)
+    samples = [{"prompt": p, "before": b, "after": a} for p, b, a in texts]
+    return outcome, samples[:4]
+
+
+# what both stages share; no checkpoints, since a stage takes seconds
+STAGE: dict[str, Any] = {
+    "resume": "auto",
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "max_length": 96,
+}
+
+
+def fine_tune(config: QuickstartConfig, seed: int, folder: Path) -> Result:
+    """A tiny model, fine-tuned on the corpus by the trainer of ``fastpref sft``."""
+    corpus = reviews(config.reviews, seed)
+    rows = [{"prompt": r.prompt, "completion": r.completion} for r in corpus]
+    tokenizer = tiny_tokenizer([r.prompt + r.completion for r in corpus], vocab_size=512)
+    base = tiny_model(tokenizer, hidden=96, layers=2, heads=4, kv_heads=2, seed=seed)
+    recipe = SFTConfig(
+        dataset_name=str(write_jsonl(folder / "reviews.jsonl", rows)),
+        output_dir=str(folder / "sft"),
+        per_device_train_batch_size=64,
+        num_train_epochs=2,
+        learning_rate=3e-3,
+        logging_steps=20,
+        seed=seed,
+        **STAGE,
+    )
+    return sft(recipe, base, tokenizer=tokenizer)
+
+
+def prefer(
+    config: QuickstartConfig,
+    seed: int,
+    folder: Path,
+    tuned: Result,
+    pairs: list[dict[str, str]],
+    held_out: list[dict[str, str]],
+) -> Result:
+    """The fine-tuned model, trained on the pairs by the trainer of ``fastpref dpo``."""
+    recipe = DPOConfig(
+        dataset_name=str(write_jsonl(folder / "pairs.jsonl", pairs)),
+        eval_dataset_name=str(write_jsonl(folder / "held_out_pairs.jsonl", held_out)),
+        output_dir=str(folder / "dpo"),
+        per_device_train_batch_size=32,
+        num_train_epochs=config.num_train_epochs,
+        learning_rate=config.learning_rate,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        logging_steps=5,
+        seed=seed,
+        **STAGE,
+    )
+    return dpo(recipe, tuned.model, tokenizer=tuned.tokenizer)
 
 
 def token_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
@@ -187,8 +206,12 @@ def token_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
 def judge(
     policy: LogpModel, reference: LogpModel, tokenizer: Any, prompts: list[list[int]], seed: int
 ) -> Standing:
-    options = {"n": 2, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed + 1}
-    return standing(policy, reference, tokenizer, prompts, gold_reward, **options)
+    return standing(
+        *(policy, reference, tokenizer, prompts, gold_reward),
+        n=2,
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=seed + 1,
+    )
 
 
 def sampled_pairs(
@@ -215,20 +238,21 @@ def sampled_pairs(
     return pairs
 
 
-def summarise(
-    config: QuickstartConfig, outcomes: list[Outcome], seconds: float
-) -> dict[str, Any]:
+def summarise(config: QuickstartConfig, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
     """Means over seeds; the gain's standard error is over seeds where there are several."""
 
     def mean(name: str) -> float:
-        return sum(getattr(o, name) for o in outcomes) / len(outcomes)
+        return statistics.fmean(getattr(o, name) for o in outcomes)
 
     gains = [o.gold_reward_after - o.gold_reward_before for o in outcomes]
     if len(gains) > 1:
         gain, gain_se = mean_and_error(torch.tensor(gains, dtype=torch.float64))
     else:
         one = outcomes[0]
-        gain, gain_se = gains[0], (one.gold_reward_before_se**2 + one.gold_reward_after_se**2) ** 0.5
+        gain, gain_se = (
+            gains[0],
+            (one.gold_reward_before_se**2 + one.gold_reward_after_se**2) ** 0.5,
+        )
     return {
         "gold_reward_before": mean("gold_reward_before"),
         "gold_reward_after": mean("gold_reward_after"),
@@ -258,7 +282,8 @@ def show(summary: dict[str, Any], outcomes: list[Outcome], samples: list[dict[st
             f"{o.seconds:.0f}",
         )
     console.print(table)
-    console.print(f"gain {summary['gain']:+.3f} ± {summary['gain_se']:.3f} at a KL of {summary['kl']:.2f} nats")
+    gain = f"{summary['gain']:+.3f} ± {summary['gain_se']:.3f}"
+    console.print(f"gain {gain} at a KL of {summary['kl']:.2f} nats")
     for sample in samples:
         for when in ("before", "after"):
             console.print(f"{when:>6}: {sample['prompt']} |{sample[when]}", markup=False)

@@ -78,8 +78,8 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
 
     # bytes per row of a tile's hidden states, then per column of a tile, then for all rows
     x_row = H * ((size if case.gathers else 0) + (wide if upcast else 0))
-    spare = case.entropy or case.capped
-    column = rows * ((2 if spare else 1) * wide + (size if cast else 0)) + H * wide * upcast + 1
+    buffers = 1 + case.entropy + (case.frozen and case.capped)
+    column = rows * (buffers * wide + (size if cast else 0)) + H * wide * upcast + 1
     fixed = rows * x_row
     if case.frozen:
         fixed = fixed + rows * H * 3 * wide + case.row_matrices * M * H * wide
@@ -87,8 +87,8 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
         spread = M * H * (wide + size) if half and case.gathers else 0
         fixed = torch.sym_max(fixed, case.row_matrices * M * H * wide + scaled + spread)
     if case.by_slab:
-        slab = (2 if spare else 1) * wide + (size if cast else 0)
-        back = rows_backward * slab + H * wide * upcast
+        buffers = 2 if case.entropy or case.capped else 1
+        back = rows_backward * (buffers * wide + (size if cast else 0)) + H * wide * upcast
         back = back + (H * wide if half and case.grad_weight else 0)
         column = torch.sym_max(column, back)
         sums = M * H * wide if case.grad_hidden and (half or case.gathers) else 0

@@ -74,20 +74,28 @@ class _RowMatrices:
         self.sums, self.logits = out.zero_(), logits
 
     def add(
-        self, exps: Tensor, shifted: Tensor, rows: Rows, shrink: Tensor, drop: Tensor, W: Tensor
+        self,
+        exps: Tensor,
+        weighted: Tensor,
+        bent: Tensor,
+        start: int,
+        rows: Rows,
+        shrink: Tensor,
+        drop: Tensor,
+        W: Tensor,
     ) -> None:
-        """Add a slab; ``shifted`` is z - max, read with an entropy gradient or a cap only."""
-        cap = self.logits.cap
-        if len(self.sums) == 2:  # a weighted sum shifts by the plain one before that changes
+        """Add a slab: ``exps``, with an entropy gradient exps * (z - max), with a cap z."""
+        parts = (exps, weighted)[: len(self.sums)]
+        if len(parts) == 2:  # a weighted sum shifts by the plain one before that changes
             self.sums[1].addcmul_(self.sums[0], drop[:, None])
         self.sums.mul_(shrink[:, None])
-        if cap is not None:
-            top = rows.max[:, None]
-            bend_gradient(exps, shifted.add_(top).mul_(1 / cap))
-            shifted.mul_(cap).sub_(top)
-        product(exps.to(W.dtype), W, out=self.sums[0], accumulate=True)
-        if len(self.sums) == 2:
-            product(shifted.mul_(exps).to(W.dtype), W, out=self.sums[1], accumulate=True)
+        if self.logits.cap is not None:
+            bent.mul_(1 / self.logits.cap)
+        for part, out in zip(parts, self.sums, strict=True):
+            set_labels(part, rows.target, start, 0.0)
+            if self.logits.cap is not None:
+                bend_gradient(part, bent)
+            product(part.to(W.dtype), W, out=out, accumulate=True)
 
     def finish(self, rows: Rows, stats: dict[str, Tensor]) -> None:
         total, logp = rows.total[:, None], stats["logp"]
@@ -118,29 +126,33 @@ def forward(
     matrices: Tensor,
 ) -> None:
     V = len(logits.weight)
-    scratch = hidden.new_empty(cut.rows * cut.width, dtype=case.wide)
-    two = case.entropy or (case.frozen and case.capped)
-    spare = torch.empty_like(scratch) if two else scratch
+    # slabs of z, of exponentials where z is still read, and of z before it is overwritten
+    buffers = [hidden.new_empty(cut.rows * cut.width, dtype=case.wide)]
+    buffers.append(torch.empty_like(buffers[0]) if case.entropy else buffers[0])
+    bends = case.frozen and case.capped
+    buffers.append(torch.empty_like(buffers[0]) if bends else buffers[0])
     for r0, r1 in tiles(len(target), cut.rows):
         x = _take(hidden, rows, r0, r1)
         state = Rows(target[r0:r1], case.wide, names)
         frozen = _RowMatrices(matrices[:, r0:r1], logits) if case.frozen else None
         for j, (c0, c1) in enumerate(tiles(V, cut.width)):
             W = operand(logits.weight[c0:c1])
-            shape = (r1 - r0, c1 - c0)
-            out = spare[: shape[0] * shape[1]].view(shape)
+            R, width = r1 - r0, c1 - c0
+            z, out, bent = (b[: R * width].view(R, width) for b in buffers)
             if j in kept and kept.flat.dtype == case.wide:
                 out = kept[j][r0:r1]
-            z = scratch[: shape[0] * shape[1]].view(shape) if two else out
+                z = z if case.entropy else out
+            logits.slab(x, W, c0, z)
+            if bends:
+                bent.copy_(z)
             before = state.max
-            shrink = state.add(logits.slab(x, W, c0, z), c0, out)
+            shrink = state.add(z, c0, out)
             if j in kept:
                 kept.maxima[j, r0:r1] = state.max
                 if kept.flat.dtype != case.wide:
                     kept[j][r0:r1].copy_(out)
             if frozen is not None:
-                set_labels(out, state.target, c0, 0.0)
-                frozen.add(out, z, state, shrink, before - state.max, W)
+                frozen.add(out, z, bent, c0, state, shrink, before - state.max, W)
             del W
         stats = state.finish(V)
         for name, value in stats.items():

@@ -62,10 +62,10 @@ class Rows:
         self.total = self.label = self.logits = self.weighted = self.squares = zeros
 
     def add(self, z: Tensor, start: int, out: Tensor) -> Tensor:
-        """Take columns ``start:`` of z; ``out`` gets exp(z - max), z is left as z - max.
+        """Take columns ``start:`` of z; ``out`` gets exp(z - max).
 
-        ``out`` may be z itself unless the entropy is asked for. Returns the factor by which sums
-        relative to the old maximum shrink.
+        With the entropy z becomes out * (z - max); without it ``out`` may be z itself. Returns the
+        factor by which sums relative to the old maximum shrink.
         """
         where, inside = label_columns(self.target, start, z.shape[1])
         self.label = torch.where(inside, z.gather(1, where)[:, 0], self.label)
@@ -80,8 +80,8 @@ class Rows:
         torch.exp(z, out=out)
         shrink = drop.exp()
         if "entropy" in self.outputs:
-            dots = torch.bmm(out[:, None, :], z[:, :, None])[:, 0, 0]
-            self.weighted = shrink * (self.weighted + drop * self.total) + dots
+            shifted = self.weighted + drop * self.total
+            self.weighted = shrink * shifted + z.mul_(out).sum(1)
         if "log_sum_sq_probs" in self.outputs:
             norm = torch.linalg.vector_norm(out, dim=1)
             self.squares = shrink * shrink * self.squares + norm * norm
@@ -101,7 +101,7 @@ class Rows:
         if "mean_logit" in self.outputs:
             stats["mean_logit"] = self.logits / num_columns
         if "log_sum_sq_probs" in self.outputs:
-            stats["log_sum_sq_probs"] = self.squares.log() - 2 * log_total
+            stats["log_sum_sq_probs"] = (self.squares / self.total**2).log()
         keep = self.target != IGNORE_INDEX
         stats = {name: value.where(keep, 0.0) for name, value in stats.items()}
         if "is_top1" in self.outputs:

@@ -67,6 +67,6 @@ def test_core_imports_torch_and_triton_alone():
 
 
 def test_the_kernels_folder_registers_nothing_when_imported_bare():
-    """transformers probes a package of the name ``kernels``: ours must be a docstring and no more."""
+    """transformers probes a package of the name ``kernels``: ours must be a docstring alone."""
     tree = ast.parse((ROOT / "kernels" / "__init__.py").read_text())
     assert len(tree.body) == 1 and isinstance(tree.body[0], ast.Expr)

@@ -22,7 +22,13 @@ def test_reward_rises_over_three_seeds_and_not_when_shuffled(tmp_path):
     assert shuffled["gain"] < 3 * shuffled["gain_se"]
     assert shuffled["gain"] < told["gain"] / 3
     written = json.loads((tmp_path / "told" / "summary.json").read_text())
-    assert {"gold_reward_before", "gold_reward_after", "kl", "accuracy", "seconds"} <= written.keys()
+    assert {
+        "gold_reward_before",
+        "gold_reward_after",
+        "kl",
+        "accuracy",
+        "seconds",
+    } <= written.keys()
     assert written["runs"][0]["pairs"] > 100
     samples = json.loads((tmp_path / "told" / "samples.json").read_text())
     assert samples[0].keys() == {"prompt", "before", "after"}

@@ -1,10 +1,11 @@
 """What a method is: a batch in, the sum of its losses and its metrics out; no rank, no I/O."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
 from fastpref.models.head import LogpModel
@@ -19,8 +20,13 @@ OUTPUTS = ("entropy", "is_top1", "mean_logit")
 class Method(Protocol):
     """One way to learn, as the loop sees it."""
 
-    kind: Literal["sft", "preference"]
-    needs_reference: bool
+    @property
+    def kind(self) -> Kind:
+        """Which rows it learns from."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether its batches must hold ``ref_logp``."""
 
     def count(self, group: Group) -> int:
         """What a group adds to the loss's denominator."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
 from fastpref.logps import sequence_logp
@@ -30,7 +31,7 @@ class DPO:
     loss_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     loss_fn: LossFn | None = None
-    kind: ClassVar[Literal["preference"]] = "preference"
+    kind: ClassVar[Kind] = "preference"
     needs_reference: ClassVar[bool] = True
 
     def count(self, group: Group) -> int:
@@ -83,8 +84,8 @@ class DPO:
             )
             for name in self.loss_types
         ]
-        total = sum(w * part.losses for w, part in zip(weights, parts, strict=True))
-        return parts[0]._replace(losses=total)
+        losses = [w * part.losses for w, part in zip(weights, parts, strict=True)]
+        return parts[0]._replace(losses=torch.stack(losses).sum(0))
 
 
 def as_pair_loss(

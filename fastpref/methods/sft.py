@@ -1,10 +1,11 @@
 """Supervised fine-tuning: the mean negative log-prob of the scored tokens."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
+from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import OUTPUTS, Metrics, mean_over
@@ -15,7 +16,7 @@ from fastpref.models.head import LogpModel
 class SFT:
     """Cross-entropy in nats per token; its count is the step's scored tokens."""
 
-    kind: ClassVar[Literal["sft"]] = "sft"
+    kind: ClassVar[Kind] = "sft"
     needs_reference: ClassVar[bool] = False
 
     def count(self, group: Group) -> int:

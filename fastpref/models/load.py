@@ -146,9 +146,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_generation_config(
-    name_or_path: str, *, revision: str | None = None
-) -> GenerationConfig | None:
+def load_generation_config(name_or_path: str, *, revision: str = "main") -> GenerationConfig | None:
     """The generation config of a local folder or a hub id; None where there is none."""
     try:
         return GenerationConfig.from_pretrained(name_or_path, revision=revision)

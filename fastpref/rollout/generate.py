@@ -95,7 +95,8 @@ def sample(
     pad = stops[0]
     rows = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    tokens = model.model.generate(
+    decoder: Any = model.model  # generate is a mixin that nn.Module's typing hides
+    tokens = decoder.generate(
         torch.tensor(rows, device=device),
         attention_mask=torch.tensor(mask, device=device),
         do_sample=True,

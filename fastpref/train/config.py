@@ -154,9 +154,7 @@ class TrainConfig:
         if self.lr_scheduler_type not in known:
             raise ConfigError(unknown("lr_scheduler_type", self.lr_scheduler_type, known))
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(
-                f"need dtype: auto, float32, bfloat16 or float16, got {self.dtype!r}"
-            )
+            raise ConfigError(f"need dtype: auto, float32, bfloat16 or float16, got {self.dtype!r}")
         if self.load_best_model_at_end and "no" in (self.save_strategy, self.eval_strategy):
             raise ConfigError(
                 "need save_strategy and eval_strategy for load_best_model_at_end, got "

@@ -118,9 +118,7 @@ class Trainer:
         total = self.plan.total_steps
         if strategy == "no":
             return set()
-        every = (
-            self.plan.steps_per_epoch if strategy == "epoch" else self.config.every(key, total)
-        )
+        every = self.plan.steps_per_epoch if strategy == "epoch" else self.config.every(key, total)
         return {*range(every, total + 1, every)}
 
     def train(self, resume: Path | None = None) -> dict[str, float]:
@@ -235,9 +233,7 @@ class Trainer:
         """Remember the step if its metric is the best so far and a checkpoint of it will be."""
         name = (self.config.metric_for_best_model or "loss").removeprefix("eval_")
         if f"eval_{name}" not in values:
-            raise ConfigError(
-                f"need metric_for_best_model among {sorted(values)}, got {name!r}"
-            )
+            raise ConfigError(f"need metric_for_best_model among {sorted(values)}, got {name!r}")
         value = values[f"eval_{name}"]
         higher = self.config.greater_is_better
         higher = not name.endswith("loss") if higher is None else higher

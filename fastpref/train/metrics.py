@@ -98,7 +98,9 @@ class Display:
             "eval_loss": row.get("eval_loss"),
             "eval_accuracy": row.get("eval_rewards/accuracies"),
         }
-        note = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if value is not None)
+        note = "  ".join(
+            f"{name} {value:.4g}" for name, value in shown.items() if value is not None
+        )
         if self.progress:
             self.progress.update(self.task, completed=step, note=note)
             return

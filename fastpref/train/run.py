@@ -163,7 +163,7 @@ def run(
     torch.manual_seed(config.seed)
     if model is None:
         model = load_model(
-            config.model_name_or_path,
+            str(config.model_name_or_path),
             dtype=config.dtype,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,

@@ -52,7 +52,7 @@ def test_gradient_and_detached_rewards():
 def test_an_untrained_policy_and_no_reference():
     logps = pairs(*LOGPS[:2], dtype=torch.float32)
     assert dpo_loss(*logps, *logps).losses.item() == pytest.approx(math.log(2))
-    free, zeros = dpo_loss(*logps), dpo_loss(*logps, *pairs(0.0, 0.0))
+    free, zeros = dpo_loss(*logps), dpo_loss(*logps, *pairs(0.0, 0.0, dtype=torch.float32))
     assert free.losses == zeros.losses and free.chosen_rewards.item() == pytest.approx(-0.4)
     lengths = {k: torch.zeros(1) for k in LENGTHS}
     assert dpo_loss(*pairs(0.0, 0.0), loss_type="ipo", **lengths).losses.item() == 25.0
@@ -97,5 +97,5 @@ def test_refuses(change, message):
 
 
 def test_refuses_integers():
-    with pytest.raises(TypeError, match="need floating-point rejected_logps, got torch.int64"):
+    with pytest.raises(TypeError, match=r"need floating-point rejected_logps, got torch\.int64"):
         dpo_loss(torch.zeros(1), torch.zeros(1).long())

@@ -125,7 +125,9 @@ def test_printed_config_runs_again(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["beta"] == 0.25
     (tmp_path / "again.yaml").write_text(printed)
-    assert parse("dpo", DPOConfig, ["--config", str(tmp_path / "again.yaml")]) == DPOConfig(beta=0.25)
+    assert parse("dpo", DPOConfig, ["--config", str(tmp_path / "again.yaml")]) == DPOConfig(
+        beta=0.25
+    )
 
 
 def test_wrong_type_names_the_key():

@@ -43,7 +43,9 @@ def weights_of(result):
 def assert_same(ours, theirs, **tolerance):
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def plain_dpo(model, tokenizer, steps, *, lr, beta, clip):
@@ -99,7 +101,13 @@ def test_dpo_steps_equal_plain_torch(tmp_path, tokenizer, new_model, pairs):
 
 
 def test_every_metric_has_trls_name(tmp_path, tokenizer, new_model, pairs):
-    dpo(options(tmp_path, eval_strategy="steps", eval_steps=3), new_model(), pairs, pairs[:8], tokenizer=tokenizer)
+    dpo(
+        options(tmp_path, eval_strategy="steps", eval_steps=3),
+        new_model(),
+        pairs,
+        pairs[:8],
+        tokenizer=tokenizer,
+    )
     names = {
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
         *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy"),
@@ -208,7 +216,12 @@ def test_a_run_is_not_written_over(tmp_path, tokenizer, new_model, pairs):
     with pytest.raises(CheckpointError, match="holds a run already"):
         dpo(options(tmp_path, max_steps=1), new_model(), pairs, tokenizer=tokenizer)
     with pytest.raises(CheckpointError, match="complete checkpoint to resume from"):
-        dpo(options(tmp_path, resume=str(tmp_path / "checkpoint-9")), new_model(), pairs, tokenizer=tokenizer)
+        dpo(
+            options(tmp_path, resume=str(tmp_path / "checkpoint-9")),
+            new_model(),
+            pairs,
+            tokenizer=tokenizer,
+        )
 
 
 def test_best_and_last_checkpoints_stay(tmp_path, tokenizer, new_model, pairs):
@@ -220,7 +233,9 @@ def test_best_and_last_checkpoints_stay(tmp_path, tokenizer, new_model, pairs):
     losses = {r["step"]: r["eval_loss"] for r in rows_of(tmp_path) if "eval_loss" in r}
     best = min(losses, key=losses.get)
     kept = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
-    assert kept == sorted({f"checkpoint-{best}", "checkpoint-8"} | ({"checkpoint-6"} if best == 8 else set()))
+    assert kept == sorted(
+        {f"checkpoint-{best}", "checkpoint-8"} | ({"checkpoint-6"} if best == 8 else set())
+    )
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["best_step"] == best and state["best_metric"] == losses[best]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")
@@ -251,15 +266,31 @@ def test_own_loss_and_callbacks(tmp_path, tokenizer, new_model, pairs):
             seen.append(("save", step, (folder / "model.safetensors").exists()))
 
     def loss(chosen, rejected, ref_chosen, ref_rejected):
-        return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected - ref_chosen + ref_rejected))
+        return -torch.nn.functional.logsigmoid(
+            0.1 * (chosen - rejected - ref_chosen + ref_rejected)
+        )
 
     config = options(tmp_path / "own", max_steps=2, save_strategy="epoch", eval_steps=2)
-    own = dpo(config, new_model(), pairs, pairs[:4], tokenizer=tokenizer, loss_fn=loss, callbacks=[Watch()])
+    own = dpo(
+        config,
+        new_model(),
+        pairs,
+        pairs[:4],
+        tokenizer=tokenizer,
+        loss_fn=loss,
+        callbacks=[Watch()],
+    )
     theirs = dpo(options(tmp_path / "named", max_steps=2), new_model(), pairs, tokenizer=tokenizer)
     assert_same(weights_of(own), weights_of(theirs), atol=1e-6, rtol=0)
     assert seen == [("step", 1), ("step", 2), ("evaluate", 2, True), ("save", 2, True)]
     with pytest.raises(ValueError, match="loss_fn must return losses"):
-        dpo(options(tmp_path / "bad"), new_model(), pairs, tokenizer=tokenizer, loss_fn=lambda *x: x[0].sum())
+        dpo(
+            options(tmp_path / "bad"),
+            new_model(),
+            pairs,
+            tokenizer=tokenizer,
+            loss_fn=lambda *x: x[0].sum(),
+        )
     assert PairLoss._fields == ("losses", "chosen_rewards", "rejected_rewards")
 
 
@@ -288,7 +319,10 @@ def test_several_losses_are_summed_with_their_weights(tmp_path, tokenizer, new_m
 def test_errors_come_before_any_work(tmp_path, tokenizer, new_model, pairs, more, error, message):
     with pytest.raises(error, match=message):
         dpo(options(tmp_path / "run", **more), new_model(), pairs, tokenizer=tokenizer)
-    assert not list(tmp_path.glob("run/checkpoint-*")) and not (tmp_path / "run/metrics.jsonl").exists()
+    assert (
+        not list(tmp_path.glob("run/checkpoint-*"))
+        and not (tmp_path / "run/metrics.jsonl").exists()
+    )
 
 
 def test_bf16_autocast_trains(tmp_path, tokenizer, new_model, pairs):
