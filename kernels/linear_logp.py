@@ -292,8 +292,9 @@ def _live_rows(
         hidden = hidden.view(-1, H)
     else:
         rows = None
-        hidden = hidden.reshape(-1, H) if index is None else hidden[target != IGNORE_INDEX]
-        hidden = hidden.contiguous()
+        if index is not None:  # copies the live rows only
+            hidden = hidden[torch.unravel_index(index, target.shape)]
+        hidden = hidden.reshape(-1, H).contiguous()
         reserved = reserved + hidden.numel() * hidden.element_size()
     return hidden, y if index is None else y[index], rows, index, reserved
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -73,6 +74,7 @@ class LogpHead(nn.Linear):
         self.bias = linear.bias
         self.logit_scale = scale
         self.softcap = softcap
+        self.workspace: int | None = None  # bytes for linear_logp; None: its default
         self.train(linear.training)
 
     @overload
@@ -99,20 +101,28 @@ class LogpHead(nn.Linear):
         temperature: float = 1.0,
     ) -> Tensor | TokenStats:
         """Logits (..., V) of nn.Linear without target; with it linear_logp_stats: log-probs (M,)
-        in nats and the named statistics, scale and cap included.
+        in nats and the named statistics, scale and cap included. Autocast means to it what it means
+        to nn.Linear: products of hidden and weight in the lower dtype.
         """
         if target is None:
             return super().forward(hidden)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         return linear_logp_stats(
             hidden,
-            self.weight,
+            weight,
             target,
-            bias=self.bias,
+            bias=bias,
             rows=rows,
             temperature=temperature,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             outputs=outputs,
+            workspace=self.workspace,
         )
 
 
@@ -189,6 +199,8 @@ class LogpModel(nn.Module):
 
     Args:
         model: decoder-only, text alone, head an nn.Linear.
+        head_workspace: bytes that linear_logp may use beyond its inputs and gradients; None: its
+            default.
 
     Raises:
         ModelError: the model is of a kind that cannot be trained this way.
@@ -196,10 +208,14 @@ class LogpModel(nn.Module):
 
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, head_workspace: int | None = None):
         super().__init__()
         _check_class(model)
         _replace_head(model)
+        self.head_workspace = head_workspace
+        head = head_of(model)
+        if isinstance(head, LogpHead):
+            head.workspace = head_workspace
         if off := _turn_dropout_off(model):
             log.warning("dropout is off: %d rates of %s set to 0", off, type(model).__name__)
         self._plain_attention = _plain_attention(model)
@@ -254,7 +270,8 @@ class LogpModel(nn.Module):
 
     def frozen_copy(self) -> "LogpModel":
         """The same model with weights of its own that require no gradient: a reference."""
-        return LogpModel(copy.deepcopy(self.model)).requires_grad_(False).eval()
+        twin = LogpModel(copy.deepcopy(self.model), head_workspace=self.head_workspace)
+        return twin.requires_grad_(False).eval()
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:

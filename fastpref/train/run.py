@@ -168,7 +168,7 @@ def run(
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-    policy = LogpModel(model)
+    policy = LogpModel(model, head_workspace=config.head_workspace)
     engine = TorchEngine(policy, device, bf16=wants_autocast(config, policy, device))
     check_vocabulary(policy.model, tokenizer)
     check_agreement(policy, train_groups[0])
