@@ -11,11 +11,9 @@ from fastpref.kernels.logp_from_logits import IGNORE_INDEX
 
 
 def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """(M,) int64 index of the segment that holds each token; B where none does."""
-    B = len(cu_seqlens) - 1
+    """(M,) int64 index of the segment that holds each token; B past the last."""
     token = torch.arange(num_tokens, device=cu_seqlens.device)
-    index = torch.bucketize(token, cu_seqlens.long(), right=True) - 1
-    return torch.where(index < 0, B, index)
+    return torch.bucketize(token, cu_seqlens.long(), right=True) - 1
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:

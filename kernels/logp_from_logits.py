@@ -329,7 +329,7 @@ def _write_gradient(
             slab = _slab(block[:, c0:c1], scratch, temperature)
             other = None if spare is None else spare[: slab.numel()].view(slab.shape)
             slab_gradient(slab, c0, grads.rows(r0, r1), spare=other)
-            slab  # padding may hold NaN, and 0 * NaN is NaN
+            slab.masked_fill_(~keep[r0:r1], 0.0)  # padding may hold NaN, and 0 * NaN is NaN
             dest[:, c0:c1].copy_(slab)
 
 

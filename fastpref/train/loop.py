@@ -114,12 +114,12 @@ class Trainer:
             self.split(groups, 1)
 
     def moments(self, strategy: str, key: str) -> set[int]:
-        """The steps, counted from 1, after which something is due."""
+        """The steps, counted from 1, after which something is due; the last one always."""
         total = self.plan.total_steps
         if strategy == "no":
             return set()
         every = self.plan.steps_per_epoch if strategy == "epoch" else self.config.every(key, total)
-        return {*range(every, total + 1, every)}
+        return {*range(every, total, every), total}
 
     def train(self, resume: Path | None = None) -> dict[str, float]:
         """Run to the end; returns the metrics of the last log line and of the last evaluation."""
@@ -147,16 +147,17 @@ class Trainer:
         sums = MetricSums()
         last: dict[str, float] = {}
         total = self.plan.total_steps
-        began, counted = time.perf_counter(), self.state.num_tokens
+        seconds, counted = 0.0, self.state.num_tokens  # of the steps alone, since the last line
         while self.state.step < total:
+            began = time.perf_counter()
             norm, rate = self.step(sums)
+            seconds += time.perf_counter() - began
             step = self.state.step
             self.display.step(step)
             for callback in self.callbacks:
                 callback.on_step(step, self.engine)
             first = step == 1 and self.config.logging_first_step
             if step % self.log_every == 0 or step == total or first:
-                seconds = time.perf_counter() - began
                 row = {
                     "step": step,
                     "epoch": step / self.plan.steps_per_epoch,
@@ -167,13 +168,11 @@ class Trainer:
                     "tokens_per_second": (self.state.num_tokens - counted) / seconds,
                 }
                 last |= self.write(row)
-                began, counted = time.perf_counter(), self.state.num_tokens
+                seconds, counted = 0.0, self.state.num_tokens
             if step in self.eval_at:
                 last |= self.evaluate(step)
-            if step in self.save_at or (step == total and self.config.save_strategy != "no"):
+            if step in self.save_at:
                 self.save()
-            if step in self.eval_at or step in self.save_at:
-                began = time.perf_counter()
         return last
 
     def step(self, sums: MetricSums) -> tuple[torch.Tensor, float]:
@@ -238,8 +237,7 @@ class Trainer:
         higher = self.config.greater_is_better
         higher = not name.endswith("loss") if higher is None else higher
         best = self.state.best_metric
-        saved = step in self.save_at or step == self.plan.total_steps
-        if saved and (best is None or (value > best if higher else value < best)):
+        if step in self.save_at and (best is None or (value > best if higher else value < best)):
             self.state.best_metric, self.state.best_step = value, step
 
     def save(self) -> None:

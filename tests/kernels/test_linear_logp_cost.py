@@ -129,14 +129,15 @@ def test_bytes_stay_within_the_workspace(dtype, frozen, gathers, options, kept):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_grad_and_strided_bytes(dtype):
-    base, weight, y = leaves(dtype, N=2 * M)
+    base, weight, y = leaves(dtype, N=20 * M)
     with torch.no_grad():
-        hidden, target = base.view(2, M, H)[:, :-1], y[:-1].expand(2, -1).clone()
+        hidden, target = base.view(20, M, H)[:, :-1], y[:-1].expand(20, -1).clone()
         target[1, 5:] = -100
-        need = least(hidden, weight, target)
+        need = least(hidden, weight, target, outputs=())
         peak, largest = memory(lambda: linear_logp(hidden, weight, target, workspace=need))
-    assert peak <= need < 1.2e6
-    assert largest < LOGITS / 2
+    copied = (target != -100).sum().item() * H * dtype.itemsize
+    assert copied < peak <= need < copied + 2e6
+    assert largest <= max(copied, LOGITS / 2)
 
 
 def test_dw_is_rounded_once():
