@@ -39,9 +39,9 @@ class QuickstartConfig:
     """Seed of the corpus, the model, the sampling and the training; the first one of several."""
     seeds: int = 1
     """How many seeds to run; the summary holds their mean."""
-    reviews: int = 3000
+    reviews: int = 6000
     """Reviews that the model is fine-tuned on."""
-    prompts: int = 384
+    prompts: int = 768
     """Prompts whose sampled completions become preference pairs."""
     samples_per_prompt: int = 4
     """Completions per prompt; the best and the worst by gold reward make a pair."""
@@ -49,9 +49,9 @@ class QuickstartConfig:
     """Held-out prompts for the gold reward and the KL."""
     beta: float = 0.1
     """DPO's strength of the pull to the SFT model."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     """DPO's peak learning rate (the model is tiny)."""
-    num_train_epochs: float = 2.0
+    num_train_epochs: float = 1.0
     """DPO's passes over the pairs."""
     loss_type: str = "sigmoid"
     """DPO's loss."""
@@ -162,7 +162,7 @@ def fine_tune(config: QuickstartConfig, seed: int, folder: Path) -> Result:
         dataset_name=str(write_jsonl(folder / "reviews.jsonl", rows)),
         output_dir=str(folder / "sft"),
         per_device_train_batch_size=64,
-        num_train_epochs=2,
+        num_train_epochs=3,
         learning_rate=3e-3,
         logging_steps=20,
         seed=seed,

@@ -7,7 +7,7 @@ import pytest
 from fastpref.quickstart import QuickstartConfig, quickstart
 from fastpref.train.config import ConfigError
 
-SMALL = {"reviews": 1500, "prompts": 192, "eval_prompts": 96}
+SMALL = {"reviews": 2500, "prompts": 256, "eval_prompts": 128, "num_train_epochs": 2.0}
 
 
 @pytest.mark.slow

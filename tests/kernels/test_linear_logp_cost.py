@@ -1,5 +1,7 @@
 """The promises of linear_logp that are not numbers: products, bytes, roundings, nothing mutated."""
 
+import itertools
+
 import pytest
 import torch
 from compare import assert_same
@@ -73,18 +75,20 @@ def test_ignored_rows_cost_nothing(passes):
     assert passes() == 1.5
 
 
-def memory(step):
-    """Peak and largest single allocation of a step in bytes, above what was there before it."""
+def memory(step, *leaves):
+    """Peak and largest single allocation in bytes of a step that leaves nothing but gradients."""
+    left = sum(x.nbytes for x in leaves if x.requires_grad)
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        held = step()
-    now = peak = largest = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak, largest = max(peak, now), max(largest, event.nbytes())
-    del held
-    return peak, largest
+    for _ in range(20):
+        for x in leaves:
+            x.grad = None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            step()
+        events = prof.profiler.kineto_results.events()
+        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        if sizes and sum(sizes) == left:  # now and then the profiler loses some or all events
+            return max(itertools.accumulate(sizes)), max(sizes)
+    raise AssertionError(f"no session balances: {sum(sizes)} bytes are left, not {left}")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.1], ids=["recomputed", "half", "kept"])
@@ -109,15 +113,13 @@ def test_bytes_stay_within_the_workspace(dtype, frozen, gathers, options, kept):
     workspace = least(hidden, weight, y, **options) + int(kept * LOGITS * dtype.itemsize / 4)
 
     def step():
-        hidden.grad = weight.grad = None
         stats = linear_logp_stats(hidden, weight, y, workspace=workspace, **options)
         loss = stats.logp.sum()
         if stats.entropy is not None:
             loss = loss + stats.entropy.sum()
         loss.backward()
-        return stats
 
-    peak, largest = memory(step)
+    peak, largest = memory(step, hidden, weight)
     returned = sum(x.nbytes for x in (hidden, weight) if x.requires_grad)
     assert peak - returned <= workspace
     assert peak > 0.3 * (workspace - 70_000)  # the measure sees what is allocated
