@@ -19,8 +19,9 @@ def test_reward_rises_over_three_seeds_and_not_when_shuffled(tmp_path):
         output_dir=str(tmp_path / "shuffled"), seeds=3, shuffle_preferences=True, **SMALL
     )
     shuffled = quickstart(config)
-    assert shuffled["gain"] < 3 * shuffled["gain_se"]
+    # not against its own error: over three seeds that is now and then tiny by luck
     assert shuffled["gain"] < told["gain"] / 3
+    assert shuffled["accuracy"] < 0.58
     written = json.loads((tmp_path / "told" / "summary.json").read_text())
     assert {
         "gold_reward_before",
