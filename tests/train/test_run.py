@@ -330,3 +330,15 @@ def test_bf16_autocast_trains(tmp_path, tokenizer, new_model, pairs):
     rows = rows_of(tmp_path)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert rows[-1]["rewards/accuracies"] > 0.6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_cuda_steps_equal_the_cpus(tmp_path, tokenizer, new_model, pairs, bf16):
+    dpo(options(tmp_path / "cpu"), new_model(), pairs, tokenizer=tokenizer)
+    config = options(tmp_path / "cuda", use_cpu=False, bf16=bf16)
+    dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    tolerance = 5e-3 if bf16 else 1e-4
+    for a, b in zip(rows_of(tmp_path / "cpu"), rows_of(tmp_path / "cuda"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=tolerance)
+        assert b["logps/chosen"] == pytest.approx(a["logps/chosen"], rel=tolerance)
