@@ -102,7 +102,10 @@ class Display:
             f"{name} {value:.4g}" for name, value in shown.items() if value is not None
         )
         if self.progress:
-            self.progress.update(self.task, completed=step, note=note)
+            if "eval_loss" in row:
+                self.say(f"{self.title} {step}/{self.total}  {note}")
+            else:
+                self.progress.update(self.task, completed=step, note=note)
             return
         left = (time.perf_counter() - self.began) / max(1, step - self.start) * (self.total - step)
         tail = f"  left {left:.0f} s" if step > self.start else ""

@@ -1,6 +1,7 @@
 """Reference log-probs: from a frozen model beside the policy, or computed once and kept."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,7 @@ def precompute(
     key = cache_key(model, groups)
     values = read(cache, key)
     if values is None:
+        print(f"reference: scoring {len(groups)} groups", file=sys.stderr, flush=True)
         limit = None if max_tokens else batch_size
         parts = [
             score(engine, model, pack(part).to(engine.device)).cpu()
