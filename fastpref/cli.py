@@ -173,7 +173,7 @@ def is_input_error(error: Exception) -> bool:
     """Whether the message alone tells the user what to do; anything else shows its trace."""
     from jsonargparse import ArgumentError
 
-    from fastpref.data.formats import DataError
+    from fastpref.data.files import DataError
     from fastpref.models.attention import ModelError
     from fastpref.train.checkpoint import CheckpointError
     from fastpref.train.config import ConfigError

@@ -7,38 +7,22 @@ preference columns (trained on `chosen`) that a row has. Text is a string or a l
 `tools` and `chat_template_kwargs` go to the chat template, other numbers to `Example.extras`.
 """
 
-import gzip
-import io
 import json
 import logging
 import math
 import re
 import warnings
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
+
+from fastpref.data.files import DataError, Sourced, numbered, read_rows
 
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
 Kind: TypeAlias = Literal["sft", "preference"]
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
-# the words by which `datasets` knows a split in a file's name
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "val": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "text")
 _OPTION_COLUMNS = ("tools", "chat_template_kwargs")
 _NEEDED = {
@@ -46,10 +30,6 @@ _NEEDED = {
     "sft": "messages, prompt and completion, text, or chosen and rejected",
 }
 _logger = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """A fault of the data, not of the code; the message starts with where it was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,162 +47,6 @@ class Example:
     extras: dict[str, float] = field(default_factory=dict)
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
-
-
-# --- readers: (source, row or what is wrong with it); a fault that loses the rest of a file raises
-
-_Sourced: TypeAlias = Iterator[tuple[str, Any]]
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        key = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {key!r} stands twice in one object")
-    return row
-
-
-_decoder = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _read_lines(stream: Iterable[bytes], name: str) -> _Sourced:
-    for number, raw in enumerate(stream, 1):
-        source = f"{name}:{number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if not line:
-                continue
-            yield source, _decoder.decode(line)
-        except UnicodeDecodeError as error:
-            yield source, DataError(f"{source}: need UTF-8, got {error}")
-        except RecursionError:
-            yield source, DataError(f"{source}: need JSON, got one nested too deeply to read")
-        except ValueError as error:
-            yield source, DataError(f"{source}: need one JSON object on the line, got {error}")
-
-
-def _read_array(raw: bytes, name: str) -> _Sourced:
-    """The elements of one JSON array, each with the line it starts on."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{name}:{line}: need UTF-8, got {error}") from error
-    space = re.compile(r"[ \t\r\n]*")
-
-    def skip(pos: int) -> int:
-        return space.match(text, pos).end()  # type: ignore[union-attr]  # matches the empty string
-
-    pos, line, counted = skip(text.index("[") + 1), 1, 0
-    while text[pos : pos + 1] != "]":
-        line, counted = line + text.count("\n", counted, pos), pos
-        source = f"{name}:{line}"
-        try:
-            row, pos = _decoder.raw_decode(text, pos)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{source}: need an array of JSON objects, got {error}") from error
-        yield source, row
-        pos = skip(pos)
-        if text[pos : pos + 1] == ",":
-            pos = skip(pos + 1)
-            if text[pos : pos + 1] == "]":
-                raise DataError(f"{source}: need a row after , in the array, got ]")
-        elif text[pos : pos + 1] != "]":
-            raise DataError(f"{source}: need , or ] after this row, got {text[pos : pos + 20]!r}")
-    rest = text[pos + 1 :].strip()
-    if rest:
-        raise DataError(f"{name}: need nothing after the array, got {rest[:20]!r}")
-
-
-def _read_parquet(path: Path, name: str) -> _Sourced:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if len(set(columns)) != len(columns):
-                raise DataError(f"{name}: need each column once, got {', '.join(columns)}")
-            for batch in file.iter_batches(1024):
-                for row in batch.to_pylist():
-                    yield f"{name}[{number}]", row
-                    number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise DataError(f"{name}[{number}]: need a readable parquet file, got {error}") from error
-
-
-def _read_file(path: Path, name: str) -> _Sourced:
-    if path.name.endswith(".parquet"):
-        yield from _read_parquet(path, name)
-        return
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
-            if path.name.endswith((".json", ".json.gz")):
-                raw = stream.read()
-                array = raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-                lines = io.BytesIO(raw)
-                yield from _read_array(raw, name) if array else _read_lines(lines, name)
-            else:
-                yield from _read_lines(stream, name)
-    except (OSError, EOFError, zlib.error) as error:
-        what = "a whole gzip file" if path.name.endswith(".gz") else "a readable file"
-        raise DataError(f"{name}: need {what}, got {type(error).__name__}: {error}") from error
-
-
-def _named_split(relative: Path) -> str | None:
-    """The split that a file's own name, or the nearest folder's, says."""
-    for part in reversed(relative.parts):
-        words = re.split(r"[^a-z]+", part.lower())
-        found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-        if len(found) == 1:
-            return found.pop()
-    return None
-
-
-def _read_local(path: Path, name: str, split: str) -> _Sourced:
-    if not path.is_dir():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"{name}: need one of {', '.join(SUFFIXES)}, got {path.name}")
-        splits = {"train", _named_split(Path(path.name)) or "train"}
-        if split not in splits:
-            found = " or ".join(sorted(splits))
-            raise DataError(f"{name}: need the split {split!r}, got one file, read as {found}")
-        return _read_file(path, path.name)
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-    if not files:
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "an empty folder"
-        raise DataError(f"{name}: need {', '.join(SUFFIXES)} files in the folder, got {found}")
-    named = [(_named_split(p.relative_to(path)), p) for p in files]
-    if not any(said for said, _ in named):
-        named = [("train", p) for p in files]
-    chosen = [p for said, p in named if said == split]
-    if not chosen:
-        found = ", ".join(f"{p.relative_to(path)} ({said or 'no split'})" for said, p in named[:10])
-        raise DataError(f"{name}: need a file of the split {split!r}, got {found}")
-    return (row for p in chosen for row in _read_file(p, p.relative_to(path).as_posix()))
-
-
-def _read_hub(name: str, config_name: str | None, split: str) -> _Sourced:
-    tried = f"no file or folder of this name here, then the hub (split {split!r})"
-    try:
-        import datasets  # type: ignore[import-untyped]
-
-        rows = datasets.load_dataset(name, config_name, split=split)
-    except Exception as error:  # datasets, the hub and its http client share no base class
-        got = f"{type(error).__name__}: {error}"
-        raise DataError(f"{name}: need a data set, tried {tried}, got {got}") from error
-    return _numbered(rows, name)
-
-
-def _numbered(rows: Iterable[Any], name: str) -> _Sourced:
-    if isinstance(rows, Mapping):  # a DatasetDict
-        raise DataError(f"{name}: need the rows of one split, got a mapping of {', '.join(rows)}")
-    python = getattr(rows, "with_format", None)  # a Dataset set to tensors gives them row by row
-    return ((f"{name}[{n}]", row) for n, row in enumerate(python(None) if python else rows))
-
-
-# --- one row -> one Example
 
 
 def _clean(value: Any, source: str, column: str) -> Any:
@@ -438,7 +262,7 @@ def _same_extras(examples: list[Example], name: str) -> list[Example]:
 
 
 def _collect(
-    rows: _Sourced, kind: Kind, name: str, turn_marker: str, skip_bad_rows: bool, max_dropped: float
+    rows: Sourced, kind: Kind, name: str, turn_marker: str, skip_bad_rows: bool, max_dropped: float
 ) -> tuple[list[Example], dict[str, int]]:
     counts = {"bad_rows": 0, "empty_completions": 0, "identical_pairs": 0, "sft_on_chosen": 0}
     examples: list[Example] = []
@@ -529,19 +353,7 @@ def load_examples(
         ValueError: a bad `kind` or `turn_marker`.
     """
     _check(kind, turn_marker)
-    path, label = Path(name).expanduser(), str(name)
-    try:
-        local = path.exists()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{label!r}: need a path or a hub id, got {error}") from error
-    if local:
-        rows = _read_local(path, label, split)
-    elif isinstance(name, Path) or label.endswith(SUFFIXES):
-        raise DataError(f"{label}: need a file or a folder, got no such path")
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", label, re.ASCII):
-        rows = _read_hub(label, config_name, split)
-    else:
-        raise DataError(f"{label}: need an existing path or a hub id (owner/name), got neither")
+    rows, label = read_rows(name, config_name, split), str(name)
     return _collect(rows, kind, label, turn_marker, skip_bad_rows, max_dropped)
 
 
@@ -559,5 +371,5 @@ def to_examples(
     As `load_examples`; `name[17]` is the source of the row numbered 17 from 0.
     """
     _check(kind, turn_marker)
-    rows_here = _numbered(rows, name)
+    rows_here = numbered(rows, name)
     return _collect(rows_here, kind, name, turn_marker, skip_bad_rows, max_dropped)

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fastpref.data.formats import DataError, Example, Message
+from fastpref.data.files import DataError
+from fastpref.data.formats import Example, Message
 
 TruncationMode: TypeAlias = Literal["keep_start", "keep_end"]
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")

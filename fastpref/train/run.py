@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from fastpref.data.formats import DataError, Example, Kind, load_examples, to_examples
+from fastpref.data.files import DataError
+from fastpref.data.formats import Example, Kind, load_examples, to_examples
 from fastpref.data.tokenize import Group, tokenize
 from fastpref.methods.base import Method
 from fastpref.methods.dpo import DPO, LossFn

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastpref.data.formats import DataError, Example, load_examples, to_examples
+from fastpref.data.files import DataError
+from fastpref.data.formats import Example, load_examples, to_examples
 
 PAIR = {"prompt": "Why?", "chosen": " Because.", "rejected": " No."}
 USER, YES, NO = (

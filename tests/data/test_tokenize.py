@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastpref.data.formats import DataError, Example, load_examples
+from fastpref.data.files import DataError
+from fastpref.data.formats import Example, load_examples
 from fastpref.data.tokenize import Group, stop_token_ids, tokenize
 
 # id: 0      1     2       3    4         5       6            7        8     9       10
