@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 1 for input it cannot work with, 2 for bad usage."""
+    """Run one command; 0 when it worked, 1 for input it cannot work with, 2 for no command."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -50,7 +50,7 @@ def usage() -> str:
 
 
 def run_command(command: str, args: list[str]) -> int:
-    # imported here: the help of the program must not wait for torch
+    # imported here: the help of the program must not wait for transformers
     from transformers.utils import logging
 
     from fastpref.models.tiny import TinyConfig, make_tiny
@@ -104,10 +104,10 @@ def normalise(config_class: type[Any], args: list[str]) -> list[str]:
             if not values and key.startswith("no_") and key not in types:
                 key, values = key.removeprefix("no_"), ["false"]
             value = parse_scalar(values or ["true"])
-            for name in checked(config_class, {key: value}):
-                is_list = "list" in str(types[name]) and len(values) > 1
-                text = json.dumps(values) if is_list else " ".join(values) or "true"
-                out.append(f"--{name}={text}")
+            for name, taken in checked(config_class, {key: value}).items():
+                if len(values) > 1 and "list" not in str(types[name]):
+                    raise UsageError(f"need one value for --{flag}, got {' '.join(values)}")
+                out.append(f"--{name}={taken if isinstance(taken, str) else json.dumps(taken)}")
     return out
 
 

@@ -59,11 +59,12 @@ class QuickstartConfig:
     """Swap chosen and rejected by coin: the control that must not raise the reward."""
 
     def __post_init__(self) -> None:
-        for key in ("seeds", "reviews", "prompts", "eval_prompts"):
+        for key in ("seeds", "reviews"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"need {key} of at least 1, got {getattr(self, key)}")
-        if self.samples_per_prompt < 2:
-            raise ConfigError(f"need samples_per_prompt above 1, got {self.samples_per_prompt}")
+        for key in ("samples_per_prompt", "prompts", "eval_prompts"):
+            if getattr(self, key) < 2:  # a pair, a standard error
+                raise ConfigError(f"need {key} above 1, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def _example(row: Any, kind: Kind, source: str, number: int, turn_marker: str) -
         completions = completions[:1]
     if any(_blank(completion) for completion in completions):
         return "empty_completions"
-    known = {*_TEXT_COLUMNS, *_OPTION_COLUMNS, "row"}  # "row" is the batch's own
+    known = {*_TEXT_COLUMNS, *_OPTION_COLUMNS, "row", "ref_logp"}  # the last two are the batch's
     numbers = {str(k): _number(v) for k, v in row.items() if k not in known}
     extras = {k: v for k, v in numbers.items() if v is not None}
     tools, template_kwargs = _options(row, source)

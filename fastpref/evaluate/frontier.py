@@ -70,7 +70,6 @@ def standing(
 def completion_logps(model: LogpModel, groups: Sequence[Group]) -> torch.Tensor:
     """(B,) log-prob of every completion, in nats, on the CPU."""
     device = next(model.parameters()).device
-    model.eval()
     parts = []
     for part in split_groups(groups, max_groups=64):
         batch = pack(part).to(device)

@@ -28,6 +28,10 @@ class Method(Protocol):
     def needs_reference(self) -> bool:
         """Whether its batches must hold ``ref_logp``."""
 
+    @property
+    def precomputes_reference(self) -> bool:
+        """Whether those are scored once, before the first step."""
+
     def count(self, group: Group) -> int:
         """What a group adds to the loss's denominator."""
 
@@ -39,5 +43,5 @@ def mean_over(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
     """(sum, count) of values, of those under mask where it is given; both detached, fp32."""
     values = values.detach().float()
     if mask is None:
-        return values.sum(), values.new_tensor(values.numel())
+        return values.sum(), values.new_full((), values.numel())  # a fill, where a copy would sync
     return torch.where(mask, values, 0.0).sum(), mask.sum().float()

@@ -31,6 +31,7 @@ class DPO:
     loss_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     loss_fn: LossFn | None = None
+    precomputes_reference: bool = False
     kind: ClassVar[Kind] = "preference"
     needs_reference: ClassVar[bool] = True
 

@@ -18,6 +18,7 @@ class SFT:
 
     kind: ClassVar[Kind] = "sft"
     needs_reference: ClassVar[bool] = False
+    precomputes_reference: ClassVar[bool] = False
 
     def count(self, group: Group) -> int:
         return sum(

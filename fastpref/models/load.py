@@ -150,7 +150,9 @@ def load_generation_config(name_or_path: str, *, revision: str = "main") -> Gene
     """The generation config of a local folder or a hub id; None where there is none."""
     try:
         return GenerationConfig.from_pretrained(name_or_path, revision=revision)
-    except OSError:
+    except OSError as error:
+        if (Path(name_or_path) / "generation_config.json").exists():
+            raise ModelError(f"need a readable generation config, got {error}") from error
         return None
 
 

@@ -1,10 +1,12 @@
 """Completions sampled from a model through transformers' generate, batched by length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from fastpref.data.tokenize import stop_token_ids
 from fastpref.models.head import LogpModel
@@ -70,17 +72,29 @@ def generate(
     out: list[list[Completion]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices), model.plain():
+    with torch.random.fork_rng(devices), drawing(model):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             sampled = sample(model, [prompts[i] for i in part], stops, params, device)
             for i, tokens in zip(part, sampled, strict=True):
                 out[i].append(cut(tokens, stops))
-    model.train(training)
     return out
+
+
+@contextmanager
+def drawing(model: LogpModel) -> Iterator[None]:
+    """The model as an ordinary one in evaluation mode, without the sampling habits of its own
+    generation config (a repetition penalty, a top-p), which would make it another policy."""
+    training, habits = model.training, model.model.generation_config
+    model.eval()
+    try:
+        with model.plain():
+            model.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        model.model.generation_config = habits
+        model.train(training)
 
 
 def sample(

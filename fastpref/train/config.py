@@ -5,12 +5,12 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
 from fastpref.losses.preference import LOSSES, dpo_loss
-from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED
+from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
 
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -49,7 +49,7 @@ class TrainConfig:
     max_length: int | None = 1024
     """Most tokens of a prompt and one completion; None for no limit."""
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a text that is too long is kept."""
+    """Which end of a completion that is too long is kept; a prompt always keeps its end."""
 
     output_dir: str = "trainer_output"
     """The run's folder: run.yaml, metrics.jsonl, checkpoints, and the final model."""
@@ -123,12 +123,13 @@ class TrainConfig:
     """Direction of that metric; None: lower for a loss, higher for anything else."""
     load_best_model_at_end: bool = False
     """Let the final model be the best checkpoint, not the last step."""
-    disable_tqdm: bool = False
+    disable_tqdm: bool | None = None
     """Plain lines instead of a progress bar on a terminal."""
     local_rank: int = -1
     """Set by a launcher."""
 
     def __post_init__(self) -> None:
+        self.output_dir = str(self.output_dir)  # Python callers give paths
         self.check()
 
     def check(self) -> None:
@@ -148,27 +149,30 @@ class TrainConfig:
                 "need max_steps or num_train_epochs above 0, "
                 f"got {self.max_steps} and {self.num_train_epochs}"
             )
-        from transformers import SchedulerType
+        self.check_schedule()
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"need dtype: auto, float32, bfloat16 or float16, got {self.dtype!r}")
+
+    def check_schedule(self) -> None:
+        """Build the schedule once on a dummy, since only it knows which arguments it takes."""
+        from transformers import SchedulerType, get_scheduler
 
         known = [str(kind.value) for kind in SchedulerType]
         if self.lr_scheduler_type not in known:
             raise ConfigError(unknown("lr_scheduler_type", self.lr_scheduler_type, known))
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"need dtype: auto, float32, bfloat16 or float16, got {self.dtype!r}")
-        if self.load_best_model_at_end and "no" in (self.save_strategy, self.eval_strategy):
-            raise ConfigError(
-                "need save_strategy and eval_strategy for load_best_model_at_end, got "
-                f"{self.save_strategy!r} and {self.eval_strategy!r}"
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        kwargs = self.lr_scheduler_kwargs or {}
+        try:
+            schedule = get_scheduler(
+                self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs
             )
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """A config from plain keys and values, after check_keys.
-
-        Raises:
-            ConfigError: an unknown key, one that cannot be honoured, or a bad value.
-        """
-        return cls(**check_keys(cls, values)[0])
+            optimizer.step()
+            schedule.step()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"need arguments that lr_scheduler_type {self.lr_scheduler_type!r} takes, "
+                f"got lr_scheduler_kwargs {kwargs}: {error}"
+            ) from error
 
     def every(self, key: str, total_steps: int) -> int:
         """Steps between two events, where below 1 the key is a fraction of all steps."""
@@ -200,8 +204,6 @@ class DPOConfig(TrainConfig):
     """Probability that a preference is flipped (conservative DPO)."""
     precompute_ref_log_probs: bool = False
     """Score the data with the reference once, before training, and keep no second model."""
-    precompute_ref_batch_size: int | None = None
-    """Pairs per batch of that pass; None: per_device_eval_batch_size."""
 
     def loss_types(self) -> list[str]:
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
@@ -218,7 +220,6 @@ class DPOConfig(TrainConfig):
                 f"need one of loss_weights per loss_type {self.loss_types()}, "
                 f"got {self.loss_weights}"
             )
-        at_least(self, 1, "precompute_ref_batch_size")
         one = torch.ones(1)
         for name in self.loss_types():
             try:  # the loss itself knows which options it takes
@@ -248,6 +249,11 @@ def unknown(what: str, name: str, known: Any) -> str:
     return f"unknown {what} {name!r}{hint}"
 
 
+def names_of(key: str) -> list[str]:
+    """A key and its other names."""
+    return [key, *(name for name, ours in ALIASES.items() if ours == key)]
+
+
 def check_keys(
     cls: type[TrainConfig], values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -269,9 +275,14 @@ def check_keys(
     for given, value in values.items():
         key = ALIASES.get(given, given)
         if key in fields:
-            if key in taken and taken[key] != value:
-                raise ConfigError(f"{given} and {key} are one key, got two values for it")
-            taken[key] = value
+            value = (
+                WORDS[key].get(value, value) if isinstance(value, bool) and key in WORDS else value
+            )
+            if taken.get(key) and value and taken[key] != value:
+                raise ConfigError(
+                    f"need one of {' and '.join(names_of(key))}, got {taken[key]} and {value}"
+                )
+            taken[key] = value or taken.get(key, value)  # warmup_steps: 0 beside a warmup_ratio
         elif key in INERT:
             notes.append(f"{given} has no effect: {INERT[key]}")
         elif key in UNSUPPORTED:

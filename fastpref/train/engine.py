@@ -56,8 +56,11 @@ class Engine(Protocol):
     def save_state(self, folder: Path) -> None:
         """Write what else a resumed run needs: optimizer, schedule, random state."""
 
-    def load(self, folder: Path) -> None:
-        """Take model and state back from a checkpoint's folder."""
+    def load_model(self, folder: Path) -> None:
+        """Take the weights back from a checkpoint's folder; ValueError where one is missing."""
+
+    def load_state(self, folder: Path) -> None:
+        """Take back what save_state wrote."""
 
 
 class TorchEngine:
@@ -123,15 +126,25 @@ class TorchEngine:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         torch.save(state, folder / "state.pt")
 
-    def load(self, folder: Path) -> None:
-        saved = type(self.model.model).from_pretrained(
-            folder, dtype=self.model.model.dtype, use_safetensors=True
+    def load_model(self, folder: Path) -> None:
+        model = self.model.model
+        loader: Any = type(model)
+        saved, report = loader.from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
         )
-        self.model.model.load_state_dict(saved.state_dict())
+        if report["missing_keys"] or report["mismatched_keys"]:
+            got = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+            raise ValueError(f"need every weight of the model in {folder}, got none for {got}")
+        model.load_state_dict(saved.state_dict())
+
+    def load_state(self, folder: Path) -> None:
         state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"].cpu())
+        if state["rng_cuda"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng_cuda"]])

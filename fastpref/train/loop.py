@@ -1,5 +1,6 @@
 """The loop: optimizer steps over groups, with evaluation, logging and checkpoints between."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -15,11 +16,19 @@ from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
 from fastpref.models.head import LogpModel
 from fastpref.train import checkpoint
-from fastpref.train.checkpoint import TrainerState
+from fastpref.train.checkpoint import CheckpointError, TrainerState
 from fastpref.train.config import ConfigError, TrainConfig
 from fastpref.train.engine import Engine, OptimizerSpec
 from fastpref.train.metrics import Display, MetricsFile, MetricSums
-from fastpref.train.reference import with_reference
+from fastpref.train.reference import hash_groups, with_reference
+
+# keys that shape the steps; others, such as when to log, may change when a run goes on
+STEP_KEYS = (
+    *("seed", "train_sampling_strategy", "learning_rate", "lr_scheduler_type"),
+    *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "max_grad_norm", "dtype", "bf16"),
+    *("beta", "loss_type", "loss_weights", "label_smoothing"),
+)
 
 
 class Callback:
@@ -50,12 +59,8 @@ class Plan:
         per_step = (
             config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
         )
-        per_epoch = math.ceil(num_groups / per_step)
-        total = (
-            config.max_steps
-            if config.max_steps > 0
-            else math.ceil(per_epoch * config.num_train_epochs)
-        )
+        epochs = math.ceil(math.ceil(num_groups / per_step) * config.num_train_epochs)
+        total = config.max_steps if config.max_steps > 0 else epochs
         shuffle = config.train_sampling_strategy == "random"
         return cls(num_groups, per_step, total, config.seed, shuffle)
 
@@ -99,19 +104,32 @@ class Trainer:
         config = self.config
         self.plan = Plan.of(config, len(self.train_groups), self.engine.world_size)
         self.counts = [self.method.count(group) for group in self.train_groups]
-        self.state = TrainerState()
+        self.state = TrainerState(shape=self.shape())
+        self.sums = MetricSums()
         self.file = MetricsFile(self.run / "metrics.jsonl")
         total = self.plan.total_steps
         self.log_every = config.every("logging_steps", total)
         self.save_at = self.moments(config.save_strategy, "save_steps")
-        strategy = eval_strategy(config)
+        strategy = eval_strategy(config, bool(self.eval_groups))
         key = "eval_steps" if config.eval_steps is not None else "logging_steps"
         self.eval_at = self.moments(strategy, key)
         if self.eval_at and not self.eval_groups:
             raise ConfigError("need an evaluation data set for eval_strategy, got none")
-        # a group over the token budget must be found now, not hours from here
-        for groups in (self.train_groups, self.eval_groups):
-            self.split(groups, 1)
+        if config.load_best_model_at_end and not (self.save_at and self.save_at <= self.eval_at):
+            raise ConfigError(
+                "need an evaluation at every saved step for load_best_model_at_end, got "
+                f"save_strategy {config.save_strategy!r} every {config.save_steps} and "
+                f"eval_strategy {strategy!r} every {config.eval_steps}"
+            )
+
+    def shape(self) -> dict[str, Any]:
+        """What the steps depend on: a resumed run must agree with it."""
+        config = dataclasses.asdict(self.config)
+        kept = {name: config[name] for name in STEP_KEYS if name in config}
+        return kept | {
+            "groups_per_step": self.plan.per_step,
+            "data": hash_groups(self.train_groups),
+        }
 
     def moments(self, strategy: str, key: str) -> set[int]:
         """The steps, counted from 1, after which something is due; the last one always."""
@@ -122,35 +140,44 @@ class Trainer:
         return {*range(every, total, every), total}
 
     def train(self, resume: Path | None = None) -> dict[str, float]:
-        """Run to the end; returns the metrics of the last log line and of the last evaluation."""
+        """Run to the end; returns the last value of every metric that was logged."""
         self.engine.prepare(optimizer_spec(self.config, self.plan.total_steps))
         if resume is not None:
-            self.state = checkpoint.load_state(resume)
-            self.engine.load(resume)
-        self.file.keep_until(self.state.step)
+            self.load(resume)
+        self.file.keep_until(-1 if resume is None else self.state.step)
         total = self.plan.total_steps
         title = type(self.method).__name__
-        self.display = Display(title, total, self.state.step, plain=self.config.disable_tqdm)
-        last: dict[str, float] = {}
+        self.display = Display(title, total, self.state.step, plain=bool(self.config.disable_tqdm))
         try:
             if resume is not None:
                 self.display.say(f"resumed from {resume}, {total - self.state.step} steps to go")
             if self.config.eval_on_start and self.state.step == 0:
-                last |= self.evaluate(0)
-            last |= self.steps()
+                self.evaluate(0)
+            self.steps()
         finally:
             self.display.close()
-        return last
+        return self.file.last()
 
-    def steps(self) -> dict[str, float]:
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        self.state = checkpoint.load_state(folder, self.shape())
+        best = self.state.best_step
+        if best is not None and not checkpoint.path_of(self.run, best).exists():
+            self.state.best_step = self.state.best_metric = None  # it lies in another run's folder
+        try:
+            self.engine.load_model(folder)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        self.engine.load_state(folder)
+        self.sums.load(self.state.sums)
+
+    def steps(self) -> None:
         """All optimizer steps that are left, and what is due after each."""
-        sums = MetricSums()
-        last: dict[str, float] = {}
         total = self.plan.total_steps
         seconds, counted = 0.0, self.state.num_tokens  # of the steps alone, since the last line
         while self.state.step < total:
             began = time.perf_counter()
-            norm, rate = self.step(sums)
+            norm, rate = self.step()
             seconds += time.perf_counter() - began
             step = self.state.step
             self.display.step(step)
@@ -161,21 +188,20 @@ class Trainer:
                 row = {
                     "step": step,
                     "epoch": step / self.plan.steps_per_epoch,
-                    **sums.read(self.engine),
+                    **self.sums.read(self.engine),
                     "grad_norm": float(norm),
                     "learning_rate": rate,
                     "num_tokens": self.state.num_tokens,
                     "tokens_per_second": (self.state.num_tokens - counted) / seconds,
                 }
-                last |= self.write(row)
+                self.write(row)
                 seconds, counted = 0.0, self.state.num_tokens
             if step in self.eval_at:
-                last |= self.evaluate(step)
+                self.evaluate(step)
             if step in self.save_at:
                 self.save()
-        return last
 
-    def step(self, sums: MetricSums) -> tuple[torch.Tensor, float]:
+    def step(self) -> tuple[torch.Tensor, float]:
         """One optimizer step: the mean loss over all its groups, in micro-batches."""
         chosen = self.plan.indices(self.state.step)
         count = sum(self.counts[i] for i in chosen)
@@ -188,7 +214,8 @@ class Trainer:
             with self.engine.autocast():
                 loss, metrics = self.method(self.engine.model, batch)
             self.engine.backward(loss, count, last=number == len(parts))
-            sums.add({"loss": (loss.detach(), loss.new_tensor(self.total(part))), **metrics})
+            count_here = loss.new_full((), self.total(part))
+            self.sums.add({"loss": (loss.detach(), count_here), **metrics})
         norm, rate = self.engine.step()
         self.state.step += 1
         self.state.num_tokens += sum(original_tokens(self.train_groups[i]) for i in chosen)
@@ -203,7 +230,7 @@ class Trainer:
         return sum(self.method.count(group) for group in groups)
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> None:
         """Loss and metrics over all evaluation groups, their names opened by ``eval_``."""
         sums = MetricSums()
         began = time.perf_counter()
@@ -214,7 +241,7 @@ class Trainer:
             batch = with_reference(self.engine, self.reference, batch)
             with self.engine.autocast():
                 loss, metrics = self.method(self.engine.model, batch)
-            sums.add({"loss": (loss, loss.new_tensor(self.total(part))), **metrics})
+            sums.add({"loss": (loss, loss.new_full((), self.total(part))), **metrics})
         metrics_read = sums.read(self.engine)
         values = {f"eval_{name}": value for name, value in metrics_read.items()}
         self.note_best(step, values)
@@ -226,7 +253,7 @@ class Trainer:
         }
         for callback in self.callbacks:
             callback.on_evaluate(step, values)
-        return self.write(row)
+        self.write(row)
 
     def note_best(self, step: int, values: dict[str, float]) -> None:
         """Remember the step if its metric is the best so far and a checkpoint of it will be."""
@@ -241,16 +268,15 @@ class Trainer:
             self.state.best_metric, self.state.best_step = value, step
 
     def save(self) -> None:
+        self.state.sums = self.sums.state()
         folder = checkpoint.save(self.run, self.engine, self.tokenizer, self.state)
         checkpoint.prune(self.run, self.config.save_total_limit, self.state.best_step)
         for callback in self.callbacks:
             callback.on_save(self.state.step, folder)
 
-    def write(self, row: dict[str, Any]) -> dict[str, float]:
-        if self.engine.rank == 0:
-            self.file.write(row)
-            self.display.log(row["step"], row)
-        return row
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(row)
+        self.display.log(row["step"], row)
 
 
 def original_tokens(group: Group) -> int:
@@ -258,13 +284,13 @@ def original_tokens(group: Group) -> int:
     return num_tokens(group) + len(group.prompt) * (len(group.completions) - 1)
 
 
-def eval_strategy(config: TrainConfig) -> str:
-    """What eval_strategy means where it is not given."""
+def eval_strategy(config: TrainConfig, given: bool) -> str:
+    """What eval_strategy means where it is not set; ``given``: an evaluation data set is there."""
     if config.eval_strategy is not None:
         return config.eval_strategy
     if config.eval_steps is not None:
         return "steps"
-    return "epoch" if config.eval_dataset_name else "no"
+    return "epoch" if given else "no"
 
 
 def optimizer_spec(config: TrainConfig, total_steps: int) -> OptimizerSpec:

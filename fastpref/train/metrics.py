@@ -1,5 +1,6 @@
 """Sums of metrics, the metrics file, and what a person sees while a run goes on."""
 
+import contextlib
 import json
 import sys
 import time
@@ -25,6 +26,17 @@ class MetricSums:
             old = self.sums.get(name)
             self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
 
+    def state(self) -> dict[str, list[float]]:
+        """The sums as they stand; JSON keeps their doubles exactly."""
+        return {name: [float(x) for x in parts] for name, parts in self.sums.items()}
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        """Go on from a state; what comes next is added on its own device."""
+        self.sums = {
+            name: (torch.tensor(total), torch.tensor(count))
+            for name, (total, count) in state.items()
+        }
+
     def read(self, engine: Engine) -> dict[str, float]:
         """Global means by name; starts the sums anew."""
         if not self.sums:
@@ -48,15 +60,22 @@ class MetricsFile:
         """Drop the lines of steps after ``step``, which a resumed run takes again."""
         if not self.path.exists():
             return
-        kept = []
+        partial = self.path.with_suffix(".partial")
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every whole line; the last one of a killed run may be torn."""
+        rows = []
         for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the torn last line of a killed run
-                continue
-            if row["step"] <= step:
-                kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept))
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows
+
+    def last(self) -> dict[str, float]:
+        """The last value of every metric that was logged."""
+        return {name: value for row in self.rows() for name, value in row.items()}
 
     def write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -56,7 +56,7 @@ def precompute(
     Returns:
         The groups with ``ref_logp`` among their extras: a float per completion, in nats.
     """
-    key = cache_key(model, groups)
+    key = cache_key(engine, model, groups)
     values = read(cache, key)
     if values is None:
         print(f"reference: scoring {len(groups)} groups", file=sys.stderr, flush=True)
@@ -88,16 +88,22 @@ def read(cache: Path, key: str) -> Tensor | None:
         return values
 
 
-def cache_key(model: LogpModel, groups: Sequence[Group]) -> str:
-    """Hash of the tokens, and of up to 4,096 evenly spaced entries of every weight."""
+def cache_key(engine: Engine, model: LogpModel, groups: Sequence[Group]) -> str:
+    """Hash of everything that the scores depend on: weights, config, precision, tokens."""
     digest = hashlib.sha256()
-    for name, weight in model.model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()
+    digest.update(model.model.config.to_json_string(use_diff=False).encode())
+    with engine.autocast():
+        digest.update(f"{autocast_dtype(engine.device)}".encode())
+    for name, weight in model.model.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(hash_groups(groups).encode())
     return digest.hexdigest()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 def hash_groups(groups: Sequence[Group]) -> str:

@@ -1,6 +1,7 @@
 """A run from configuration to final model: what ``fastpref sft`` and ``fastpref dpo`` do."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import yaml
 
 from fastpref.data.files import DataError
 from fastpref.data.formats import Example, Kind, load_examples, to_examples
+from fastpref.data.packing import split_groups
 from fastpref.data.tokenize import Group, tokenize
 from fastpref.methods.base import Method
 from fastpref.methods.dpo import DPO, LossFn
@@ -34,7 +36,7 @@ from fastpref.train.config import (
 )
 from fastpref.train.engine import TorchEngine
 from fastpref.train.loop import Callback, Trainer, eval_strategy
-from fastpref.train.reference import hash_groups, precompute
+from fastpref.train.reference import precompute
 
 Rows = Iterable[Mapping[str, Any]]
 Config = TypeVar("Config", bound=TrainConfig)
@@ -81,7 +83,8 @@ def dpo(
 
     Args:
         config: a DPOConfig, or its keys and values.
-        model: a transformers CausalLM to train in place of ``config.model_name_or_path``.
+        model: a transformers CausalLM to train in place of ``config.model_name_or_path``. It is
+            changed: afterwards ``result.model.plain()`` gives it back for calls of its own.
         train_dataset: rows (dicts, or a datasets.Dataset) in place of ``config.dataset_name``.
         eval_dataset: rows in place of ``config.eval_dataset_name``.
         tokenizer: the model's, where it does not lie in ``config.model_name_or_path``.
@@ -104,6 +107,7 @@ def dpo(
         loss_weights=tuple(config.loss_weights) if config.loss_weights else None,
         label_smoothing=config.label_smoothing,
         loss_fn=loss_fn,
+        precomputes_reference=config.precompute_ref_log_probs,
     )
     data = Data(train_dataset, eval_dataset)
     return run(config, method, data, model, tokenizer, callbacks)
@@ -140,17 +144,64 @@ def run(
     """Everything between a checked configuration and a saved model."""
     folder = Path(config.output_dir)
     resume = checkpoint.find(folder, config.resume)
+    check_start(config, model, tokenizer)
     model = model.model if isinstance(model, LogpModel) else model
-    if model is None and config.model_name_or_path is None:
-        raise ConfigError("need model_name_or_path, or a model from Python")
-    if tokenizer is None:
-        if config.model_name_or_path is None:
-            raise ConfigError("need model_name_or_path or tokenizer for the model's tokens")
-        tokenizer = load_tokenizer(
-            config.model_name_or_path,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
+    tokenizer = tokenizer or load_tokenizer(
+        str(config.model_name_or_path),
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    train_groups, eval_groups = read_data(config, method, data, model, tokenizer)
+    torch.manual_seed(config.seed)
+    engine = build_engine(config, model)
+    policy = engine.model
+    check_vocabulary(policy.model, tokenizer)
+    check_agreement(policy, train_groups[0])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = None
+    if method.needs_reference and method.precomputes_reference:
+        train_groups, eval_groups = (
+            precompute(
+                engine,
+                policy,
+                groups,
+                folder / "reference_logps" / f"{part}.safetensors",
+                batch_size=config.per_device_eval_batch_size,
+                max_tokens=config.max_tokens_per_micro_batch,
+            )
+            for part, groups in (("train", train_groups), ("eval", eval_groups))
         )
+    elif method.needs_reference:
+        reference = policy.frozen_copy()
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy.model)
+    trainer = Trainer(
+        config, method, engine, tokenizer, train_groups, eval_groups, folder, reference, callbacks
+    )
+    write_config(config, folder / "run.yaml")
+    metrics = trainer.train(resume)
+    best = trainer.state.best_step
+    if config.load_best_model_at_end and best is not None:
+        engine.load_model(checkpoint.path_of(folder, best))
+    engine.save_model(folder)
+    tokenizer.save_pretrained(folder)
+    return Result(policy, tokenizer, metrics, trainer.state.step, folder)
+
+
+def check_start(config: TrainConfig, model: Any, tokenizer: Any) -> None:
+    """Refuse what cannot become a run, before anything is loaded."""
+    if config.model_name_or_path is None and (model is None or tokenizer is None):
+        raise ConfigError("need model_name_or_path, or a model and its tokenizer from Python")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(f"need one process, got WORLD_SIZE={processes}")
+
+
+def read_data(
+    config: TrainConfig, method: Method, data: Data, model: Any, tokenizer: Any
+) -> tuple[list[Group], list[Group]]:
+    """Training and evaluation groups; no evaluation groups where none will be read."""
     generation_config = (
         load_generation_config(str(config.model_name_or_path), revision=config.model_revision)
         if model is None
@@ -158,10 +209,15 @@ def run(
     )
     reader = Reader(config, method.kind, tokenizer, generation_config)
     train_groups = reader.groups("train", data.train)
-    evaluates = data.evaluation is not None or wants_evaluation(config)
-    eval_groups = reader.groups("eval", data.evaluation) if evaluates else []
+    given = data.evaluation is not None or config.eval_dataset_name is not None
+    if eval_strategy(config, given) == "no" and not config.eval_on_start:
+        return train_groups, []
+    return train_groups, reader.groups("eval", data.evaluation)
+
+
+def build_engine(config: TrainConfig, model: Any) -> TorchEngine:
+    """The model, given or loaded, where it will be trained."""
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
-    torch.manual_seed(config.seed)
     if model is None:
         model = load_model(
             str(config.model_name_or_path),
@@ -169,44 +225,11 @@ def run(
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
+    bf16 = config.bf16
+    if bf16 is None:
+        bf16 = device.type == "cuda" and model.dtype == torch.float32
     policy = LogpModel(model, head_workspace=config.head_workspace)
-    engine = TorchEngine(policy, device, bf16=wants_autocast(config, policy, device))
-    check_vocabulary(policy.model, tokenizer)
-    check_agreement(policy, train_groups[0])
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / "run.yaml")
-    reference = None
-    if method.needs_reference:
-        if getattr(config, "precompute_ref_log_probs", False):
-            train_groups, eval_groups = (
-                precompute(
-                    engine,
-                    policy,
-                    groups,
-                    folder / "reference_logps" / f"{split}.safetensors",
-                    batch_size=getattr(config, "precompute_ref_batch_size", None)
-                    or config.per_device_eval_batch_size,
-                    max_tokens=config.max_tokens_per_micro_batch,
-                )
-                for split, groups in (("train", train_groups), ("eval", eval_groups))
-            )
-        else:
-            reference = policy.frozen_copy()
-    if config.gradient_checkpointing:
-        checkpoint_activations(policy.model)
-
-    trainer = Trainer(
-        config, method, engine, tokenizer, train_groups, eval_groups, folder, reference, callbacks
-    )
-    trainer.state.fingerprint = hash_groups(train_groups)
-    metrics = trainer.train(resume)
-    best = trainer.state.best_step
-    if config.load_best_model_at_end and best is not None:
-        engine.load(checkpoint.path_of(folder, best))
-    engine.save_model(folder)
-    tokenizer.save_pretrained(folder)
-    return Result(policy, tokenizer, metrics, trainer.state.step, folder)
+    return TorchEngine(policy, device, bf16=bf16)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -214,16 +237,6 @@ def checkpoint_activations(model: Any) -> None:
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     name = next(name for name in names if hasattr(model, name))
     getattr(model, name)({"use_reentrant": False})
-
-
-def wants_evaluation(config: TrainConfig) -> bool:
-    return eval_strategy(config) != "no" or config.eval_on_start
-
-
-def wants_autocast(config: TrainConfig, policy: LogpModel, device: torch.device) -> bool:
-    if config.bf16 is not None:
-        return config.bf16
-    return device.type == "cuda" and policy.model.dtype == torch.float32
 
 
 @dataclass(frozen=True)
@@ -239,18 +252,22 @@ class Reader:
     def groups(self, part: str, rows: Rows | None) -> list[Group]:
         """The groups of the ``train`` or ``eval`` part; a line says what was dropped and why."""
         examples, dropped = self.examples(part, rows)
-        groups, cut = tokenize(
-            examples,
-            self.tokenizer,
-            max_length=self.config.max_length,
-            truncation_mode=self.config.truncation_mode,
-            generation_config=self.generation_config,
-        )
+        try:
+            groups, cut = tokenize(
+                examples,
+                self.tokenizer,
+                max_length=self.config.max_length,
+                truncation_mode=self.config.truncation_mode,
+                generation_config=self.generation_config,
+            )
+            # a group over the token budget must be found now, not hours from here
+            split_groups(groups, max_tokens=self.config.max_tokens_per_micro_batch)
+        except DataError:
+            raise
+        except ValueError as error:  # what the tokenizer or the budget cannot do
+            raise ConfigError(f"{part}: {error}") from error
         counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
-        line = ", ".join([f"{part}: {len(groups)} groups of {len(examples)} rows", *counts])
-        if not groups:
-            raise DataError(f"need at least one group to learn from, got {line}")
-        say(line)
+        say(", ".join([f"{part}: {len(groups)} groups of {len(examples)} rows", *counts]))
         return groups
 
     def examples(self, part: str, rows: Rows | None) -> tuple[list[Example], dict[str, int]]:

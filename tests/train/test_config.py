@@ -1,9 +1,12 @@
 """Keys and values of a recipe: honoured, said to be without effect, or refused by name."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 
-from fastpref.cli import normalise, parse
+from fastpref.cli import UsageError, normalise, parse
 from fastpref.train.config import ConfigError, DPOConfig, SFTConfig, check_keys
 
 # what a DPO recipe for TRL holds
@@ -77,7 +80,10 @@ def test_later_flags_win_over_earlier_files(tmp_path):
         (["--warmup_ratio", "0.2"], "warmup_steps", 0.2),
         (["--no_remove_unused_columns"], "beta", 0.1),
         (["--output_dir", "a b"], "output_dir", "a b"),
-        (["--lr_scheduler_kwargs", "{num_cycles: 2}"], "lr_scheduler_kwargs", {"num_cycles": 2}),
+        (["--disable_tqdm"], "disable_tqdm", True),
+        (["--eval_strategy", "no"], "eval_strategy", "no"),
+        (["--resume_from_checkpoint", "true"], "resume", "auto"),
+        (["--warmup_steps", "0", "--warmup_ratio", "0.2"], "warmup_steps", 0.2),
     ],
     ids=lambda x: str(x)[:40],
 )
@@ -93,7 +99,9 @@ def test_flags_as_recipes_and_launchers_write_them(args, key, value):
         ({"use_peft": True}, "use_peft: True is not supported"),
         ({"optim": "adafactor"}, "optim: 'adafactor'"),
         ({"report_to": "wandb"}, "report_to: 'wandb'"),
-        ({"assistant_only_loss": False}, "assistant_only_loss: False"),
+        ({"packing": True}, "packing: True"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "arguments that lr_scheduler_type"),
+        ({"lr_scheduler_kwargs": {"cycles": 2}}, "arguments that lr_scheduler_type 'linear'"),
         ({"beta": 0.0}, "need beta > 0"),
         ({"beta": float("nan")}, "need beta > 0"),
         ({"label_smoothing": 0.5}, "label_smoothing in"),
@@ -104,12 +112,22 @@ def test_flags_as_recipes_and_launchers_write_them(args, key, value):
         ({"eval_steps": 1.5}, "eval_steps: a whole number or a fraction"),
         ({"dtype": "fp8"}, "need dtype"),
         ({"max_steps": 0, "num_train_epochs": 0}, "max_steps or num_train_epochs"),
-        ({"torch_dtype": "auto", "dtype": "float16"}, "one key"),
+        ({"torch_dtype": "auto", "dtype": "float16"}, "need one of dtype and torch_dtype"),
     ],
 )
 def test_refusals_say_what_came_and_what_was_needed(values, message):
     with pytest.raises(ConfigError, match=message):
-        DPOConfig.from_mapping(values)
+        DPOConfig(**check_keys(DPOConfig, values)[0])
+
+
+@pytest.mark.parametrize(("name", "cls"), [("dpo", DPOConfig), ("sft", SFTConfig)])
+def test_every_key_of_trl_is_known_and_its_default_accepted(name, cls):
+    """trl_keys.json: the fields of TRL 1.16's config, model and script dataclasses."""
+    keys = json.loads((Path(__file__).parent / "trl_keys.json").read_text())[name]
+    assert len(keys) > 150
+    for key, value in keys.items():
+        taken, _ = check_keys(cls, {key: value})
+        cls(**{k: v for k, v in taken.items() if v is not None})
 
 
 def test_keys_without_effect_are_said():
@@ -138,4 +156,16 @@ def test_wrong_type_names_the_key():
 
 
 def test_normalise_keeps_a_value_that_looks_like_a_list():
-    assert normalise(DPOConfig, ["--loss_type", "[sigmoid, ipo]"]) == ["--loss_type=[sigmoid, ipo]"]
+    args = ["--loss_type", "[sigmoid, ipo]"]
+    assert normalise(DPOConfig, args) == ['--loss_type=["sigmoid", "ipo"]']
+
+
+def test_stray_words_are_not_joined_to_a_value():
+    with pytest.raises(UsageError, match="one value for --output_dir, got runs/x"):
+        normalise(DPOConfig, ["--output_dir", "runs/x", "pairs.jsonl"])
+
+
+def test_words_that_yaml_reads_as_booleans(tmp_path):
+    (tmp_path / "a.yaml").write_text("eval_strategy: no\nresume_from_checkpoint: false\n")
+    config = parse("dpo", DPOConfig, ["--config", str(tmp_path / "a.yaml")])
+    assert config.eval_strategy == "no" and config.resume is None
