@@ -56,7 +56,7 @@ class QuickstartConfig:
     loss_type: str = "sigmoid"
     """DPO's loss."""
     shuffle_preferences: bool = False
-    """Swap chosen and rejected by coin: the control that must not raise the reward."""
+    """Swap chosen and rejected of the training pairs by coin: the control that must not rise."""
 
     def __post_init__(self) -> None:
         for key in ("seeds", "reviews"):
@@ -122,6 +122,8 @@ def one_seed(
         sampled_pairs(config, reference, tokenizer, openings[half], prompts[half], rng)
         for half in halves
     )
+    if config.shuffle_preferences:
+        pairs = [swapped(pair) if rng.random() < 0.5 else pair for pair in pairs]
     before = judge(reference, reference, tokenizer, prompts[halves[1]], seed)
     trained = prefer(config, seed, folder, tuned, pairs, held_out)
     after = judge(trained.model, reference, tokenizer, prompts[halves[1]], seed)
@@ -232,11 +234,12 @@ def sampled_pairs(
         finished = [text_of(tokenizer, c) for c in row if c.finished]
         ranked = sorted(finished, key=gold_reward)
         if len(ranked) > 1 and gold_reward(ranked[-1]) > gold_reward(ranked[0]):
-            chosen, rejected = ranked[-1], ranked[0]
-            if config.shuffle_preferences and rng.random() < 0.5:
-                chosen, rejected = rejected, chosen
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            pairs.append({"prompt": prompt, "chosen": ranked[-1], "rejected": ranked[0]})
     return pairs
+
+
+def swapped(pair: dict[str, str]) -> dict[str, str]:
+    return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
 
 
 def summarise(config: QuickstartConfig, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:

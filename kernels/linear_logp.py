@@ -67,9 +67,10 @@ def _prepare(
     case = Case(
         hidden.dtype,
         hidden.device.type,
-        *grads,
+        *grads[:3],
         gathers=rows is not None,
         entropy="entropy" in outputs.split(),
+        grad_entropy=grads[3],
         capped=softcap is not None,
     )
     (N, H), M, V = hidden.shape, target.shape[0], weight.shape[0]
@@ -170,7 +171,7 @@ def _op_bwd(
 def _(*args: Any) -> list[Tensor]:
     hidden, weight, _target, bias, *_ = args
     grads = args[-3]
-    shapes = zip((hidden, weight, bias), grads, strict=True)
+    shapes = zip((hidden, weight, bias), grads[:3], strict=True)
     return [x.new_empty(x.shape) for x, wanted in shapes if wanted]
 
 
@@ -209,7 +210,7 @@ def _(
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     hidden, weight, target, bias, rows, *ctx.options = inputs
     logp, top, log_total, entropy, *rest, kept, maxima, matrices = output
-    unasked = [] if "entropy" in ctx.options[3].split() else [entropy]
+    unasked = [] if ctx.options[4][3] else [entropy]
     ctx.mark_non_differentiable(top, log_total, *rest, kept, maxima, matrices, *unasked)
     ctx.set_materialize_grads(False)  # a kept slab must not cost a dense zero gradient
     ctx.frozen = matrices.shape[0] > 0
@@ -238,7 +239,7 @@ def _backward(
     found = iter(_op_bwd(*ctx.saved_tensors, *ctx.kept, dlogp, dentropy, *ctx.options))
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.kept = None  # freed with this backward; the node itself lives as long as the loss
-    d = [next(found) if wanted else None for wanted in ctx.options[4]]
+    d = [next(found) if wanted else None for wanted in ctx.options[4][:3]]
     return (d[0], d[1], None, d[2], *none[4:])
 
 
@@ -311,6 +312,7 @@ def linear_logp_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     workspace: int | None = None,
+    entropy_grad: bool = True,
 ) -> TokenStats:
     """Log-probability of each target token and statistics of its distribution, without logits.
 
@@ -322,8 +324,7 @@ def linear_logp_stats(
             differentiable.
         weight: (V, H), hidden's dtype; differentiable. Its gradient is rounded once.
         target: (...) int64 in [0, V), or -100; (M,) with ``rows``. Range checked on the CPU only.
-        outputs: which of "entropy", "is_top1", "mean_logit" and "log_sum_sq_probs" to return. With
-            a frozen weight the entropy's gradient costs a third matrix product.
+        outputs: which of "entropy", "is_top1", "mean_logit" and "log_sum_sq_probs" to return.
         bias: (V,), hidden's dtype; differentiable.
         rows: (M,) int64 in [0, N): hidden row ``rows[m]`` scores ``target[m]``; repeats allowed.
             Their gradients are added in a fixed order. Range checked on the CPU only.
@@ -334,6 +335,8 @@ def linear_logp_stats(
             the end of its backward. What is left of it keeps slabs of exponentials for the
             backward; the others are computed again. None: 1 GiB on CUDA, 256 MiB elsewhere, or
             the least that works where that is more.
+        entropy_grad: whether the entropy is differentiable. With a frozen weight that costs a third
+            matrix product.
 
     Without ``rows``, ignored rows are found with one host sync and left out; under torch.compile
     they are computed and masked instead.
@@ -361,6 +364,7 @@ def linear_logp_stats(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     ]
+    grads.append(entropy_grad and "entropy" in outputs and any(grads))
     options = (temperature, logit_scale, softcap, " ".join(outputs), grads, workspace, reserved)
     logp, _, _, *stats = _op(hidden, weight, y, bias, rows, *options)
     found = {"logp": logp} | {n: s for n, s in zip(STATS, stats, strict=False) if n in outputs}

@@ -28,6 +28,7 @@ class Case:
     grad_bias: bool
     gathers: bool  # rows are given
     entropy: bool
+    grad_entropy: bool
     capped: bool
 
     @property
@@ -50,7 +51,7 @@ class Case:
 
     @property
     def row_matrices(self) -> int:
-        return (2 if self.entropy else 1) if self.frozen else 0
+        return 1 + self.grad_entropy if self.frozen else 0
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
     fixed = rows * x_row
     if case.frozen:
         fixed = fixed + rows * H * 3 * wide + case.row_matrices * M * H * wide
-        scaled = M * H * wide * (2 if case.entropy else 1)
+        scaled = M * H * wide * case.row_matrices
         spread = M * H * (wide + size) if half and case.gathers else 0
         fixed = torch.sym_max(fixed, case.row_matrices * M * H * wide + scaled + spread)
     if case.by_slab:
-        buffers = 2 if case.entropy or case.capped else 1
+        buffers = 2 if case.grad_entropy or case.capped else 1
         back = rows_backward * (buffers * wide + (size if cast else 0)) + H * wide * upcast
         back = back + (H * wide if half and case.grad_weight else 0)
         column = torch.sym_max(column, back)

@@ -42,6 +42,7 @@ def test_imports_point_down():
     for path, layer in sources():
         for name in project_imports(path):
             assert name.split(".")[0] != "kernels", f"{path}: import it as fastpref.kernels"
+            assert name != "fastpref" or RANK[layer] == RANK["cli"], f"{path}: import a module"
             if name.startswith("fastpref."):
                 other = name.split(".")[1]
                 assert RANK[other] <= RANK[layer], f"{path} imports {name}, which stands above it"

@@ -14,14 +14,17 @@ SMALL = {"reviews": 2500, "prompts": 256, "eval_prompts": 128, "num_train_epochs
 def test_reward_rises_over_three_seeds_and_not_when_shuffled(tmp_path):
     told = quickstart(QuickstartConfig(output_dir=str(tmp_path / "told"), seeds=3, **SMALL))
     assert told["gain"] > 3 * told["gain_se"] > 0
-    assert 0 < told["kl"] < 40 and told["accuracy"] > 0.6
+    assert 0 < told["kl"] < 40
     config = QuickstartConfig(
         output_dir=str(tmp_path / "shuffled"), seeds=3, shuffle_preferences=True, **SMALL
     )
     shuffled = quickstart(config)
-    # not against its own error: over three seeds that is now and then tiny by luck
-    assert shuffled["gain"] < told["gain"] / 3
-    assert shuffled["accuracy"] < 0.58
+    # the error over three seeds is now and then tiny by luck, that of the samples is not
+    errors = [
+        r["gold_reward_before_se"] ** 2 + r["gold_reward_after_se"] ** 2 for r in shuffled["runs"]
+    ]
+    assert shuffled["gain"] < 3 * max(shuffled["gain_se"], (sum(errors) / 9) ** 0.5)
+    assert shuffled["accuracy"] < 0.58 < told["accuracy"]  # held-out pairs are never swapped
     written = json.loads((tmp_path / "told" / "summary.json").read_text())
     assert {
         "gold_reward_before",

@@ -89,6 +89,7 @@ class LogpHead(nn.Linear):
         rows: Tensor | None = None,
         outputs: tuple[str, ...] = (),
         temperature: float = 1.0,
+        entropy_grad: bool = False,
     ) -> TokenStats: ...
 
     def forward(
@@ -99,6 +100,7 @@ class LogpHead(nn.Linear):
         rows: Tensor | None = None,
         outputs: tuple[str, ...] = (),
         temperature: float = 1.0,
+        entropy_grad: bool = False,
     ) -> Tensor | TokenStats:
         """Logits (..., V) of nn.Linear without target; with it linear_logp_stats: log-probs (M,)
         in nats and the named statistics, scale and cap included. Autocast means to it what it means
@@ -123,6 +125,7 @@ class LogpHead(nn.Linear):
             softcap=self.softcap,
             outputs=outputs,
             workspace=self.workspace,
+            entropy_grad=entropy_grad,
         )
 
 
@@ -247,7 +250,12 @@ class LogpModel(nn.Module):
         return hidden
 
     def forward(
-        self, batch: Batch, *, outputs: tuple[str, ...] = (), temperature: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        outputs: tuple[str, ...] = (),
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
     ) -> TokenStats:
         """Log-probs of the batch's targets.
 
@@ -255,6 +263,7 @@ class LogpModel(nn.Module):
             batch: packed tokens, on the model's device.
             outputs: names of further statistics of each row, as in linear_logp_stats.
             temperature: divides the logits; > 0.
+            entropy_grad: whether the entropy is differentiable: a loss needs it, a metric does not.
 
         Returns:
             TokenStats of (M,) in fp32, logp in nats; None where not asked for.
@@ -265,6 +274,7 @@ class LogpModel(nn.Module):
             rows=batch.rows,
             outputs=outputs,
             temperature=temperature,
+            entropy_grad=entropy_grad,
         )
         return stats
 

@@ -1,5 +1,6 @@
 """Tiny models and tokenizers made on the spot: for tests, recipes and the quickstart."""
 
+import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -194,6 +196,10 @@ def make_tiny(config: TinyConfig) -> None:
         raise ModelError(f"need an empty or new output_dir, got {folder} with files in it")
     examples, _ = load_examples(config.dataset_name, "sft")
     chat = isinstance(examples[0].prompt, list)
+    if config.architecture not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(config.architecture, CONFIG_MAPPING.keys(), n=1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ModelError(f"need a model type of transformers, got {config.architecture!r}{hint}")
     model, tokenizer = save_tiny(
         folder,
         (text for example in examples for text in texts_of(example)),

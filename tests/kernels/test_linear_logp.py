@@ -243,7 +243,9 @@ def test_op_registration(grads, softcap, rows):
     for wanted, name in zip(grads, ("hidden", "weight", "bias"), strict=True):
         x[name].requires_grad_(wanted)
     tensors = (x["hidden"], x["weight"], x["target"], x["bias"], x["rows"])
-    opcheck(_op, (*tensors, 0.7, 1.5, softcap, "entropy is_top1", grads, None, 0))
+    for entropy in {False, grads[0]}:
+        options = ("entropy is_top1", [*grads, entropy], None, 0)
+        opcheck(_op, (*tensors, 0.7, 1.5, softcap, *options))
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["padded", "rows"])

@@ -59,13 +59,18 @@ def test_passes_without_a_trained_weight(passes):
     assert passes() == 2
     linear_logp_stats(hidden, weight, y, outputs=("entropy",)).entropy.sum().backward()
     assert passes() == 2 + 3
+    options = {"outputs": ("entropy",), "entropy_grad": False}
+    stats = linear_logp_stats(hidden, weight, y, **options)
+    assert not stats.entropy.requires_grad
+    stats.logp.sum().backward()
+    assert passes() == 5 + 2
     linear_logp(hidden.detach(), weight, y)
     with torch.no_grad():
         linear_logp(*leaves())
-    assert passes() == 5 + 2
+    assert passes() == 7 + 2
     hidden, weight, y = leaves()
     linear_logp(hidden.detach(), weight, y).sum().backward()
-    assert passes() == 7 + 2
+    assert passes() == 9 + 2
 
 
 def test_ignored_rows_cost_nothing(passes):

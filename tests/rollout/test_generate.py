@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from fastpref.models.head import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
@@ -53,6 +54,18 @@ def test_padding_does_not_change_the_distribution(model, tokenizer):
     chi2 = float(((counts - expected) ** 2 / expected).sum())
     cells = len(want)
     assert abs(chi2 - cells) < 6 * (2 * cells) ** 0.5  # six standard deviations of chi squared
+
+
+def test_the_models_own_sampling_habits_are_left_out(model, tokenizer):
+    params = SamplingParams(max_new_tokens=20)
+    want = generate(model, tokenizer, [[5, 6, 7]], 8, params, seed=0)
+    habits = model.model.generation_config
+    model.model.generation_config = GenerationConfig(repetition_penalty=3.0, min_p=0.2)
+    try:
+        assert generate(model, tokenizer, [[5, 6, 7]], 8, params, seed=0) == want
+        assert model.model.generation_config.repetition_penalty == 3.0
+    finally:
+        model.model.generation_config = habits
 
 
 def test_top_k_one_is_greedy(model, tokenizer):

@@ -1,11 +1,14 @@
 """Whole runs of a tiny model: right numbers, right files, and errors before work is lost."""
 
+import copy
 import json
 import math
+import statistics
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fastpref.losses.preference import PairLoss
@@ -48,84 +51,110 @@ def assert_same(ours, theirs, **tolerance):
         )
 
 
-def plain_dpo(model, tokenizer, steps, *, lr, beta, clip):
-    """DPO in plain torch on separate, unpacked sequences: the oracle. Returns losses and norms."""
-    import copy
+def plain_logps(model, tokenizer, row, side):
+    """Log-softmax rows (m, V), logits and targets of one completion, run alone and unpacked."""
+    head = tokenizer(row["prompt"])["input_ids"]
+    ids = [*tokenizer(row["prompt"] + row[side])["input_ids"], tokenizer.eos_token_id]
+    logits = model(torch.tensor([ids])).logits[0, len(head) - 1 : -1]
+    return logits.log_softmax(-1), logits, torch.tensor(ids[len(head) :])[:, None]
 
+
+def plain_dpo(model, tokenizer, steps, *, lr, beta, clip, decay=0.0, loss_type="sigmoid"):
+    """DPO in plain torch on separate, unpacked sequences: the oracle; one dict a step."""
     reference = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-
-    def logp(m, prompt, text):
-        head = tokenizer(prompt)["input_ids"]
-        ids = [*tokenizer(prompt + text)["input_ids"], tokenizer.eos_token_id]
-        logits = m(torch.tensor([ids])).logits[0]
-        rows = logits[len(head) - 1 : -1].log_softmax(-1)
-        return rows.gather(-1, torch.tensor(ids[len(head) :])[:, None]).sum()
-
-    losses, norms = [], []
-    total = len(steps)
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    out = []
     for number, rows in enumerate(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - number / total)  # the linear schedule
-        parts = []
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - number / len(steps))  # the linear schedule
+        seen = {"loss": [], "entropy": [], "mean_token_accuracy": [], "rewards/accuracies": []}
         for row in rows:
-            gap = [
-                logp(model, row["prompt"], row[side])
-                - logp(reference, row["prompt"], row[side]).detach()
-                for side in ("chosen", "rejected")
-            ]
-            parts.append(-torch.nn.functional.logsigmoid(beta * (gap[0] - gap[1])))
-        loss = torch.stack(parts).mean()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+            ratio, length = {}, {}
+            for side in ("chosen", "rejected"):
+                logp, logits, y = plain_logps(model, tokenizer, row, side)
+                with torch.no_grad():
+                    ref = plain_logps(reference, tokenizer, row, side)[0].gather(-1, y).sum()
+                total = logp.gather(-1, y).sum()
+                ratio[side], length[side] = total - ref, len(y)
+                seen.setdefault(f"logps/{side}", []).append(total.item())
+                seen.setdefault(f"rewards/{side}", []).append(beta * ratio[side].item())
+                seen.setdefault(f"logits/{side}", []).extend(logits.mean(-1).tolist())
+                seen["entropy"] += (-(logp.exp() * logp).sum(-1)).tolist()
+                if side == "chosen":
+                    seen["mean_token_accuracy"] += (logits.argmax(-1) == y[:, 0]).tolist()
+            gap = ratio["chosen"] - ratio["rejected"]
+            loss = -torch.nn.functional.logsigmoid(beta * gap)
+            if loss_type == "ipo":
+                gap = ratio["chosen"] / length["chosen"] - ratio["rejected"] / length["rejected"]
+                loss = (gap - 1 / (2 * beta)) ** 2
+            (loss / len(rows)).backward()
+            seen["loss"].append(loss.item())
+            seen["rewards/accuracies"].append(ratio["chosen"].item() > ratio["rejected"].item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, norms
+        out.append({k: statistics.fmean(v) for k, v in seen.items()} | {"grad_norm": float(norm)})
+    return out
 
 
-def test_dpo_steps_equal_plain_torch(tmp_path, tokenizer, new_model, pairs):
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_every_metric_of_every_step_equals_plain_torch(
+    tmp_path, tokenizer, new_model, pairs, loss_type
+):
+    """Three steps, the last one short: 8, 8 and 4 pairs."""
     oracle = new_model()
-    steps = [pairs[i : i + 8] for i in (0, 8, 16)]
-    losses, norms = plain_dpo(oracle, tokenizer, steps, lr=1e-3, beta=0.1, clip=0.5)
+    steps = [pairs[0:8], pairs[8:16], pairs[16:20]]
+    options_of_both = {"beta": 0.2, "loss_type": loss_type}
+    want = plain_dpo(oracle, tokenizer, steps, lr=1e-3, clip=0.5, decay=0.1, **options_of_both)
     config = options(tmp_path, train_sampling_strategy="sequential", max_grad_norm=0.5)
-    result = dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    config |= {"weight_decay": 0.1, **options_of_both}
+    result = dpo(config, new_model(), pairs[:20], tokenizer=tokenizer)
     rows = rows_of(tmp_path)
-    assert [r["loss"] for r in rows] == pytest.approx(losses, abs=2e-6)
-    assert [r["grad_norm"] for r in rows] == pytest.approx(norms, rel=1e-4)
+    for row, expected in zip(rows, want, strict=True):
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+        margin = expected["rewards/chosen"] - expected["rewards/rejected"]
+        assert row["rewards/margins"] == pytest.approx(margin, abs=2e-5)
     assert [r["learning_rate"] for r in rows] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    assert min(norms) > 0.5  # else nothing was clipped
+    assert [r["epoch"] for r in rows] == pytest.approx([1 / 3, 2 / 3, 1])
+    if loss_type == "sigmoid":
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert min(r["grad_norm"] for r in want) > 0.5  # else nothing was clipped
     # Adam divides by tiny second moments, so weights agree less closely than losses
-    assert_same(weights_of(result), oracle.state_dict(), atol=2e-4, rtol=0)
+    assert_same(weights_of(result), oracle.state_dict(), atol=3e-4, rtol=0)
 
 
-def test_every_metric_has_trls_name(tmp_path, tokenizer, new_model, pairs):
-    dpo(
-        options(tmp_path, eval_strategy="steps", eval_steps=3),
-        new_model(),
-        pairs,
-        pairs[:8],
-        tokenizer=tokenizer,
+def test_evaluation_means_the_same_as_training(tmp_path, tokenizer, new_model, pairs):
+    """A frozen model (learning rate 0), one step over the rows that are also evaluated."""
+    config = options(tmp_path, learning_rate=0.0, max_steps=1, per_device_train_batch_size=24)
+    result = dpo(config, new_model(), pairs, pairs, tokenizer=tokenizer)
+    train, evaluation = rows_of(tmp_path)
+    for name in train.keys() - {"grad_norm", "learning_rate", "num_tokens", *TIMES}:
+        if name not in ("step", "epoch"):
+            assert evaluation[f"eval_{name}"] == pytest.approx(train[name], rel=1e-5, abs=1e-6)
+    assert result.metrics["eval_loss"] == evaluation["eval_loss"]
+    tokens = sum(
+        len(tokenizer(p["prompt"] + p[side])["input_ids"]) + 1
+        for p in pairs
+        for side in ("chosen", "rejected")
     )
-    names = {
-        *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy"),
-        "mean_token_accuracy",
-    }
-    rows = rows_of(tmp_path)
-    train, evaluation = rows[0], rows[-1]
-    assert names | {"grad_norm", "learning_rate", "epoch", "num_tokens"} <= train.keys()
-    assert {f"eval_{name}" for name in names} <= evaluation.keys()
-    assert train["rewards/margins"] == pytest.approx(
-        train["rewards/chosen"] - train["rewards/rejected"], abs=1e-6
-    )
-    assert evaluation["eval_rewards/margins"] > 0.01  # three steps on these very pairs
+    assert train["num_tokens"] == tokens
+
+
+def test_warmup_as_a_fraction(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path, max_steps=10, warmup_steps=0.35, lr_scheduler_type="cosine")
+    dpo(config, new_model(), pairs[:4], tokenizer=tokenizer)
+    rates = [r["learning_rate"] / 1e-3 for r in rows_of(tmp_path)]
+    cosine = [0.5 * (1 + math.cos(math.pi * n / 6)) for n in range(6)]
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, *cosine])
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_batch_settings_change_no_gradient(tmp_path, tokenizer, new_model, pairs, method):
-    """8 x 1, 2 x 4, 3 x 3 with a short last part, and a token budget: the same steps."""
+    """8 x 1, 2 x 4, and a token budget: the same steps."""
     run = {"dpo": dpo, "sft": sft}[method]
     settings = {
         "whole": {"per_device_train_batch_size": 8},
@@ -169,11 +198,19 @@ def test_precomputed_reference_equals_the_live_one(tmp_path, tokenizer, new_mode
     assert (tmp_path / "kept" / "reference_logps" / "train.safetensors").exists()
 
 
-def test_a_cache_of_another_model_is_not_used(tmp_path, tokenizer, new_model, pairs):
+def test_a_cache_of_another_reference_or_other_data_is_not_used(
+    tmp_path, tokenizer, new_model, pairs
+):
+    """Another step-1 loss than ln 2 would mean that the cache was read for the wrong reference."""
     config = options(tmp_path, precompute_ref_log_probs=True, resume="auto", max_steps=1)
-    dpo(config, new_model(), pairs, tokenizer=tokenizer)
-    dpo(config, new_model(seed=9), pairs, tokenizer=tokenizer)
-    assert rows_of(tmp_path)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    barely = new_model()
+    with torch.no_grad():
+        barely.model.layers[0].mlp.up_proj.weight[5, 7] += 10.0
+    turned = new_model(rope_theta=10.0)
+    runs = [(new_model(), pairs), (barely, pairs), (turned, pairs), (new_model(), pairs[::-1])]
+    for model, rows in runs:
+        dpo(config, model, rows, tokenizer=tokenizer)
+        assert rows_of(tmp_path)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 class StopAt(Callback):
@@ -186,29 +223,76 @@ class StopAt(Callback):
 
 
 @pytest.mark.parametrize("precompute", [False, True])
-def test_resume_is_bit_identical(tmp_path, tokenizer, new_model, pairs, precompute):
+@pytest.mark.parametrize("log", [1, 3])
+def test_resume_is_bit_identical(tmp_path, tokenizer, new_model, pairs, precompute, log):
     more = {
         "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 2,
+        "logging_steps": log,
         "precompute_ref_log_probs": precompute,
         "eval_steps": 3,
+        "eval_on_start": True,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
         "resume": "auto",
     }
     whole = dpo(options(tmp_path / "a", **more), new_model(), pairs, pairs[:4], tokenizer=tokenizer)
     config = options(tmp_path / "b", **more)
-    with pytest.raises(KeyboardInterrupt):
-        dpo(config, new_model(), pairs, pairs[:4], tokenizer=tokenizer, callbacks=[StopAt(5)])
-    assert [r["step"] for r in rows_of(tmp_path / "b")][-1] == 4
+    for stop in (1, 5, 6):  # before the first checkpoint, between two, right after one
+        calls = [StopAt(stop)]
+        with pytest.raises(KeyboardInterrupt):
+            dpo(config, new_model(), pairs, pairs[:4], tokenizer=tokenizer, callbacks=calls)
     again = dpo(config, new_model(), pairs, pairs[:4], tokenizer=tokenizer)
     assert_same(weights_of(again), weights_of(whole), atol=0, rtol=0)
     a, b = (
         [{k: v for k, v in row.items() if k not in TIMES} for row in rows_of(tmp_path / name)]
         for name in "ab"
     )
-    assert a == b and [r["step"] for r in a] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 7]
+    steps = {1: [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 7], 3: [0, 3, 3, 6, 6, 7, 7]}[log]
+    assert a == b and [r["step"] for r in a] == steps
+    finished = dpo(config, new_model(), pairs, pairs[:4], tokenizer=tokenizer)
+    assert finished.metrics == again.metrics and "eval_loss" in finished.metrics
+
+
+def test_resume_refuses_a_changed_run(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, resume="auto")
+    dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    for more, rows, named in (
+        ({"learning_rate": 1e-4}, pairs, "learning_rate 0.001, now 0.0001"),
+        ({"beta": 0.3}, pairs, "beta 0.1, now 0.3"),
+        ({"gradient_accumulation_steps": 2}, pairs, "groups_per_step 8, now 16"),
+        ({}, pairs[1:], "data "),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            dpo(config | more, new_model(), rows, tokenizer=tokenizer)
+    older = config | {"resume": str(tmp_path / "checkpoint-1")}
+    with pytest.raises(CheckpointError, match="steps after checkpoint-1: checkpoint-2"):
+        dpo(older, new_model(), pairs, tokenizer=tokenizer)
+    longer = config | {"max_steps": 3, "logging_steps": 2}
+    assert dpo(longer, new_model(), pairs, tokenizer=tokenizer).steps == 3
+
+
+def test_resume_refuses_a_checkpoint_without_a_weight(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path, max_steps=1, save_strategy="steps", resume="auto")
+    dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    path = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        dpo(config | {"max_steps": 2}, new_model(), pairs, tokenizer=tokenizer)
+
+
+def test_evaluation_rows_from_python_are_evaluated(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path / "a", max_steps=3)
+    dpo(config, new_model(), pairs, pairs[:4], tokenizer=tokenizer)
+    assert "eval_loss" in rows_of(tmp_path / "a")[-1]
+    best = options(tmp_path / "b", load_best_model_at_end=True, save_strategy="steps", save_steps=1)
+    for more in ({}, {"eval_steps": 2}, {"eval_strategy": "no"}):
+        rows = pairs[:4] if more else None
+        with pytest.raises(ConfigError, match="an evaluation at every saved step"):
+            dpo(best | more, new_model(), pairs, rows, tokenizer=tokenizer)
 
 
 def test_a_run_is_not_written_over(tmp_path, tokenizer, new_model, pairs):
@@ -311,7 +395,7 @@ def test_several_losses_are_summed_with_their_weights(tmp_path, tokenizer, new_m
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
-        ({"max_tokens_per_micro_batch": 20}, ValueError, "max_tokens=20"),
+        ({"max_tokens_per_micro_batch": 20}, ConfigError, "max_tokens=20"),
         ({"eval_strategy": "steps"}, ConfigError, "eval_dataset"),
         ({"model_name_or_path": None, "beta": -1.0}, ConfigError, "beta"),
     ],
