@@ -135,16 +135,15 @@ def _encode(encoder: _Encoder, texts: list[_Text], sources: list[str], special: 
 class _Template:
     """A tokenizer's chat template and how its replies end."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], stops: set[int]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int]):
         self._tokenizer = tokenizer
-        self._kwargs = kwargs
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._marks = {
             str(tokenizer.convert_ids_to_tokens(i)): i in stops for i in sorted(special | stops)
         }
 
     def _render(self, example: Example, messages: list[Message], reply_next: bool) -> str:
-        kwargs = {**self._kwargs, **(example.template_kwargs or {})}
+        kwargs = example.template_kwargs or {}
         text = self._tokenizer.apply_chat_template(
             messages,
             tools=example.tools,
@@ -159,7 +158,7 @@ class _Template:
         template = self._tokenizer.get_chat_template(None, example.tools)
         if not _GENERATION_MARK.search(template):
             return None
-        kwargs = {**self._kwargs, **(example.template_kwargs or {})}
+        kwargs = example.template_kwargs or {}
         rendered: Any = render_jinja_template(  # (texts, spans), whatever its annotation says
             conversations=[messages],
             tools=example.tools,
@@ -343,7 +342,6 @@ def tokenize(
     *,
     max_length: int | None = 1024,
     truncation_mode: TruncationMode = "keep_start",
-    template_kwargs: dict[str, Any] | None = None,
     generation_config: Any = None,
 ) -> tuple[list[Group], dict[str, int]]:
     """Token ids of each example, cut to `max_length`.
@@ -375,7 +373,6 @@ def tokenize(
         tokenizer: any transformers tokenizer.
         max_length: tokens, at least 2; None for no limit.
         truncation_mode: "keep_start" or "keep_end".
-        template_kwargs: for the chat template; a row's own take precedence.
         generation_config: whose EOS ids end a reply, beside the tokenizer's.
 
     Returns:
@@ -399,7 +396,7 @@ def tokenize(
         if not tokenizer.chat_template:
             raise ValueError("need a tokenizer with a chat template for message lists, got none")
         stops = stop_token_ids(tokenizer, generation_config)
-        return _Template(tokenizer, template_kwargs or {}, stops)
+        return _Template(tokenizer, stops)
 
     strings = [e for e in examples if isinstance(e.prompt, str)]
     chats = [e for e in examples if not isinstance(e.prompt, str)]

@@ -75,14 +75,12 @@ def load_model(
     dtype: str = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a local folder or a hub id, from safetensors only.
 
     Args:
         name_or_path: a folder that holds config.json and *.safetensors, or a hub id.
         dtype: of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: where to put it; None leaves it on the CPU.
 
     Returns:
         The transformers model, in eval mode.
@@ -115,7 +113,7 @@ def load_model(
             f"need every weight of {type(model).__name__} in {name_or_path}, got files without"
             f" {missing[:5]}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
         )
-    loaded: PreTrainedModel = model if device is None else model.to(device)
+    loaded: PreTrainedModel = model
     return loaded
 
 
