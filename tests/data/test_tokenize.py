@@ -131,10 +131,9 @@ def test_qwen3_golden():
     assert made.completions == ([*thought, 11, 21], [*thought, 12, 21])
     assert made.scored == (None, None)
     without = {"enable_thinking": False}
-    for arguments in ({"template_kwargs": without}, {"template_kwargs": {"enable_thinking": True}}):
-        made, _ = group(chat([HI], [YES], [NO], template_kwargs=without), qwen3(), **arguments)
-        assert made.prompt == [*user, 20, 6, 1, *thought]
-        assert made.completions == ([11, 21], [12, 21])
+    made, _ = group(chat([HI], [YES], [NO], template_kwargs=without), qwen3())
+    assert made.prompt == [*user, 20, 6, 1, *thought]
+    assert made.completions == ([11, 21], [12, 21])
 
 
 def test_qwen3_drops_earlier_thoughts():
