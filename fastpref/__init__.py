@@ -12,13 +12,13 @@ from fastpref.logps import linear_sequence_logp, sequence_logp
 from fastpref.losses.preference import PairLoss, dpo_loss
 
 if TYPE_CHECKING:
-    from fastpref.train.run import dpo, sft
+    from fastpref.train.run import dpo as dpo
+    from fastpref.train.run import sft as sft
 
 __version__ = "0.1.0"
 __all__ = [
     "PairLoss",
     "TokenStats",
-    "dpo",
     "dpo_loss",
     "gather_rows",
     "linear_logp",
@@ -27,13 +27,16 @@ __all__ = [
     "logp_from_logits",
     "logp_stats_from_logits",
     "sequence_logp",
-    "sft",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("dpo", "sft"):  # a trainer author's import must not pull in transformers
-        from fastpref.train import run
-
+        try:
+            from fastpref.train import run
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"fastpref.{name} needs {error.name}: pip install 'fastpref[train]'"
+            ) from error
         return getattr(run, name)
     raise AttributeError(f"module 'fastpref' has no attribute {name!r}")

@@ -14,6 +14,9 @@ COMMANDS = {
     "tiny": "make a small random model with a tokenizer trained on a data file",
 }
 
+# what a command needs beyond the ops' own torch and triton
+TRAIN_PACKAGES = {"transformers", "datasets", "jsonargparse", "rich", "yaml", "safetensors"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 1 for input it cannot work with, 2 for no command."""
@@ -38,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_input_error(error):
             raise
-        return fail(str(error), 1)
+        hint = "; pip install 'fastpref[train]'" if isinstance(error, ModuleNotFoundError) else ""
+        return fail(f"{error}{hint}", 1)
 
 
 def usage() -> str:
@@ -103,11 +107,17 @@ def normalise(config_class: type[Any], args: list[str]) -> list[str]:
         else:
             if not values and key.startswith("no_") and key not in types:
                 key, values = key.removeprefix("no_"), ["false"]
-            value = parse_scalar(values or ["true"])
+            value = [parse_scalar(text) for text in values or ["true"]]
+            value = value[0] if len(value) == 1 else value
             for name, taken in checked(config_class, {key: value}).items():
                 if len(values) > 1 and "list" not in str(types[name]):
                     raise UsageError(f"need one value for --{flag}, got {' '.join(values)}")
-                out.append(f"--{name}={taken if isinstance(taken, str) else json.dumps(taken)}")
+                kinds = types[name], *typing.get_args(types[name])
+                if str in kinds and taken == value and not isinstance(taken, list):
+                    text = values[0] if values else "true"  # as it was typed, leading zeros and all
+                else:
+                    text = taken if isinstance(taken, str) else json.dumps(taken)
+                out.append(f"--{name}={text}")
     return out
 
 
@@ -127,11 +137,14 @@ def flags(args: list[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def parse_scalar(values: list[str]) -> Any:
+def parse_scalar(text: str) -> Any:
+    """The value that a recipe would hold; text that is no YAML stands for itself."""
     import yaml
 
-    parsed = [yaml.safe_load(value) for value in values]
-    return parsed[0] if len(parsed) == 1 else parsed
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -171,15 +184,18 @@ class UsageError(ValueError):
 
 def is_input_error(error: Exception) -> bool:
     """Whether the message alone tells the user what to do; anything else shows its trace."""
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_PACKAGES:
+        return True
     from jsonargparse import ArgumentError
 
     from fastpref.data.files import DataError
     from fastpref.models.attention import ModelError
     from fastpref.train.checkpoint import CheckpointError
     from fastpref.train.config import ConfigError
+    from fastpref.train.loop import DivergedError
 
-    kinds = (UsageError, ConfigError, DataError, ModelError, CheckpointError, ArgumentError)
-    return isinstance(error, kinds)
+    ours = (UsageError, ConfigError, DataError, ModelError, CheckpointError, DivergedError)
+    return isinstance(error, (*ours, ArgumentError))
 
 
 def fail(message: str, code: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastpref.kernels.linear_logp_plan import Case, Plan
 from fastpref.kernels.logp_from_logits import (
+    IGNORE_INDEX,
     RowGrads,
     Rows,
     bend_gradient,
@@ -19,9 +20,12 @@ from fastpref.kernels.logp_from_logits import (
 from fastpref.kernels.product import operand, product
 
 
-def _take(hidden: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
-    x = hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])
-    return operand(x)
+def _take(hidden: Tensor, rows: Tensor | None, target: Tensor, start: int, stop: int) -> Tensor:
+    if rows is None:
+        return operand(hidden[start:stop])
+    x = hidden.index_select(0, rows[start:stop])
+    # an ignored row may hold NaN, and 0 * NaN is NaN
+    return operand(x.masked_fill_((target[start:stop] == IGNORE_INDEX)[:, None], 0.0))
 
 
 class Logits:
@@ -132,7 +136,7 @@ def forward(
     bends = case.frozen and case.capped
     buffers.append(torch.empty_like(buffers[0]) if bends else buffers[0])
     for r0, r1 in tiles(len(target), cut.rows):
-        x = _take(hidden, rows, r0, r1)
+        x = _take(hidden, rows, target, r0, r1)
         state = Rows(target[r0:r1], case.wide, names)
         frozen = _RowMatrices(matrices[:, r0:r1], logits) if case.frozen else None
         for j, (c0, c1) in enumerate(tiles(V, cut.width)):
@@ -171,7 +175,7 @@ def backward_slabs(
     kept: Kept,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     M, H, V = len(grads.target), hidden.shape[1], len(logits.weight)
-    x = _take(hidden, rows, 0, M)
+    x = _take(hidden, rows, grads.target, 0, M)
     dX = x.new_zeros((M, H), dtype=case.wide) if case.grad_hidden else None
     dW = logits.weight.new_empty((V, H)) if case.grad_weight else None
     db = x.new_zeros(V, dtype=case.wide) if case.grad_bias else None

@@ -32,6 +32,10 @@ class Method(Protocol):
     def precomputes_reference(self) -> bool:
         """Whether those are scored once, before the first step."""
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of its metrics."""
+
     def count(self, group: Group) -> int:
         """What a group adds to the loss's denominator."""
 

@@ -34,6 +34,11 @@ class DPO:
     precomputes_reference: bool = False
     kind: ClassVar[Kind] = "preference"
     needs_reference: ClassVar[bool] = True
+    metric_names: ClassVar[tuple[str, ...]] = (
+        *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+        *("entropy", "mean_token_accuracy"),
+    )
 
     def count(self, group: Group) -> int:
         if len(group.completions) != 2:
@@ -93,10 +98,12 @@ def as_pair_loss(
     out: PairLoss | Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], beta: float
 ) -> PairLoss:
     """What a caller's loss returned, completed with DPO's rewards where it gave losses alone."""
+    chosen, rejected, ref_chosen, ref_rejected = (x.detach() for x in inputs)
+    parts = out if isinstance(out, PairLoss) else (out,)
+    if not all(isinstance(part, Tensor) and part.shape == chosen.shape for part in parts):
+        got = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts]
+        need = f"losses ({len(chosen)},) or a PairLoss of them"
+        raise ValueError(f"loss_fn must return {need}, got {got}")
     if isinstance(out, PairLoss):
         return out
-    chosen, rejected, ref_chosen, ref_rejected = (x.detach() for x in inputs)
-    if not isinstance(out, Tensor) or out.shape != chosen.shape:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"loss_fn must return losses ({len(chosen)},) or a PairLoss, got {got}")
     return PairLoss(out, beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))

@@ -19,6 +19,7 @@ class SFT:
     kind: ClassVar[Kind] = "sft"
     needs_reference: ClassVar[bool] = False
     precomputes_reference: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ("entropy", "mean_token_accuracy")
 
     def count(self, group: Group) -> int:
         return sum(

@@ -13,13 +13,13 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastpref.data.formats import Example, load_examples
 from fastpref.models.attention import ModelError
@@ -196,23 +196,29 @@ def make_tiny(config: TinyConfig) -> None:
         raise ModelError(f"need an empty or new output_dir, got {folder} with files in it")
     examples, _ = load_examples(config.dataset_name, "sft")
     chat = isinstance(examples[0].prompt, list)
-    if config.architecture not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(config.architecture, CONFIG_MAPPING.keys(), n=1)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.architecture not in known:
+        near = difflib.get_close_matches(config.architecture, known, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ModelError(f"need a model type of transformers, got {config.architecture!r}{hint}")
-    model, tokenizer = save_tiny(
-        folder,
-        (text for example in examples for text in texts_of(example)),
-        vocab_size=config.vocab_size,
-        chat_template=CHAT_TEMPLATE if chat else None,
-        architecture=config.architecture,
+        raise ModelError(
+            f"need a causal language model type of transformers, got {config.architecture!r}{hint}"
+        )
+    texts = (text for example in examples for text in texts_of(example))
+    template = CHAT_TEMPLATE if chat else None
+    tokenizer = tiny_tokenizer(texts, config.vocab_size, chat_template=template)
+    model = tiny_model(
+        tokenizer,
+        config.architecture,
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         tie=config.tie_word_embeddings,
         seed=config.seed,
+        vocab_size=(len(tokenizer) + 63) // 64 * 64,  # room for what a loader adds (Qwen2's)
     )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     print(
         f"{folder}: {config.architecture} of {model.num_parameters():,} parameters, "
         f"{len(tokenizer)} tokens"

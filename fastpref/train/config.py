@@ -3,11 +3,13 @@
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
 from fastpref.losses.preference import LOSSES, dpo_loss
 from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
@@ -129,7 +131,6 @@ class TrainConfig:
     """Set by a launcher."""
 
     def __post_init__(self) -> None:
-        self.output_dir = str(self.output_dir)  # Python callers give paths
         self.check()
 
     def check(self) -> None:
@@ -140,6 +141,8 @@ class TrainConfig:
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed")
         at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon")
+        if self.seed >= 2**32:
+            raise ConfigError(f"need a seed below 2**32, got {self.seed}")
         for key in ("logging_steps", "eval_steps", "save_steps"):
             value = getattr(self, key)
             if value is not None and (value <= 0 or (value > 1 and value != int(value))):
@@ -235,6 +238,9 @@ class DPOConfig(TrainConfig):
                 raise ConfigError(str(error)) from error
 
 
+Config = TypeVar("Config", bound=TrainConfig)
+
+
 def at_least(config: TrainConfig, least: float, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
@@ -246,7 +252,24 @@ def unknown(what: str, name: str, known: Any) -> str:
     """The message for a name that is none of the known ones: it gives the nearest."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     hint = f"; the nearest is {near[0]!r}" if near else ""
-    return f"unknown {what} {name!r}{hint}"
+    short = f"; known: {', '.join(known)}" if len(known) < 20 else ""
+    return f"unknown {what} {name!r}{hint}{short}"
+
+
+def typed(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config whose values have the types of their keys, as on the command line.
+
+    Raises:
+        ConfigError: a value that is not of its key's type, or that no run could honour.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, fail_untyped=False)
+    try:
+        paths = {k: str(v) for k, v in values.items() if isinstance(v, os.PathLike)}
+        namespace = parser.parse_object({**values, **paths})
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    return cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls)})
 
 
 def names_of(key: str) -> list[str]:

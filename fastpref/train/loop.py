@@ -17,7 +17,7 @@ from fastpref.methods.base import Method
 from fastpref.models.head import LogpModel
 from fastpref.train import checkpoint
 from fastpref.train.checkpoint import CheckpointError, TrainerState
-from fastpref.train.config import ConfigError, TrainConfig
+from fastpref.train.config import ConfigError, TrainConfig, unknown
 from fastpref.train.engine import Engine, OptimizerSpec
 from fastpref.train.metrics import Display, MetricsFile, MetricSums
 from fastpref.train.reference import hash_groups, with_reference
@@ -29,6 +29,10 @@ STEP_KEYS = (
     *("adam_epsilon", "max_grad_norm", "dtype", "bf16"),
     *("beta", "loss_type", "loss_weights", "label_smoothing"),
 )
+
+
+class DivergedError(ArithmeticError):
+    """A loss that is not a number any more."""
 
 
 class Callback:
@@ -110,6 +114,7 @@ class Trainer:
         total = self.plan.total_steps
         self.log_every = config.every("logging_steps", total)
         self.save_at = self.moments(config.save_strategy, "save_steps")
+        self.check_metric(config.metric_for_best_model)
         strategy = eval_strategy(config, bool(self.eval_groups))
         key = "eval_steps" if config.eval_steps is not None else "logging_steps"
         self.eval_at = self.moments(strategy, key)
@@ -121,6 +126,11 @@ class Trainer:
                 f"save_strategy {config.save_strategy!r} every {config.save_steps} and "
                 f"eval_strategy {strategy!r} every {config.eval_steps}"
             )
+
+    def check_metric(self, name: str | None) -> None:
+        known = {"loss", *self.method.metric_names}
+        if name is not None and name.removeprefix("eval_") not in known:
+            raise ConfigError(unknown("metric_for_best_model", name, sorted(known)))
 
     def shape(self) -> dict[str, Any]:
         """What the steps depend on: a resumed run must agree with it."""
@@ -195,6 +205,11 @@ class Trainer:
                     "tokens_per_second": (self.state.num_tokens - counted) / seconds,
                 }
                 self.write(row)
+                if not math.isfinite(row["loss"]):
+                    raise DivergedError(
+                        f"the loss is {row['loss']} at step {step}: lower the learning rate, or go "
+                        "on from an earlier checkpoint"
+                    )
                 seconds, counted = 0.0, self.state.num_tokens
             if step in self.eval_at:
                 self.evaluate(step)
@@ -258,8 +273,6 @@ class Trainer:
     def note_best(self, step: int, values: dict[str, float]) -> None:
         """Remember the step if its metric is the best so far and a checkpoint of it will be."""
         name = (self.config.metric_for_best_model or "loss").removeprefix("eval_")
-        if f"eval_{name}" not in values:
-            raise ConfigError(f"need metric_for_best_model among {sorted(values)}, got {name!r}")
         value = values[f"eval_{name}"]
         higher = self.config.greater_is_better
         higher = not name.endswith("loss") if higher is None else higher

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +18,7 @@ from fastpref.data.tokenize import Group, tokenize
 from fastpref.methods.base import Method
 from fastpref.methods.dpo import DPO, LossFn
 from fastpref.methods.sft import SFT
+from fastpref.models.attention import ModelError
 from fastpref.models.head import LogpModel
 from fastpref.models.load import (
     check_agreement,
@@ -28,18 +29,19 @@ from fastpref.models.load import (
 )
 from fastpref.train import checkpoint
 from fastpref.train.config import (
+    Config,
     ConfigError,
     DPOConfig,
     SFTConfig,
     TrainConfig,
     check_keys,
+    typed,
 )
 from fastpref.train.engine import TorchEngine
 from fastpref.train.loop import Callback, Trainer, eval_strategy
 from fastpref.train.reference import precompute
 
 Rows = Iterable[Mapping[str, Any]]
-Config = TypeVar("Config", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,12 @@ class Data:
 
 def as_config(cls: type[Config], config: Config | Mapping[str, Any]) -> Config:
     if isinstance(config, cls):
-        config.check()  # a field may have been set since it was made
-        return config
+        return typed(cls, dataclasses.asdict(config))
     if isinstance(config, Mapping):
         values, notes = check_keys(cls, config)
         for note in notes:
             say(note)
-        return cls(**values)
+        return typed(cls, values)
     raise ConfigError(f"need a {cls.__name__} or a mapping, got {type(config).__name__}")
 
 
@@ -156,7 +157,12 @@ def run(
     engine = build_engine(config, model)
     policy = engine.model
     check_vocabulary(policy.model, tokenizer)
-    check_agreement(policy, train_groups[0])
+    try:
+        check_agreement(policy, train_groups[0])
+    except ModelError:
+        raise
+    except ValueError as error:  # a head_workspace that is too small
+        raise ConfigError(str(error)) from error
 
     folder.mkdir(parents=True, exist_ok=True)
     reference = None
@@ -193,6 +199,15 @@ def check_start(config: TrainConfig, model: Any, tokenizer: Any) -> None:
     """Refuse what cannot become a run, before anything is loaded."""
     if config.model_name_or_path is None and (model is None or tokenizer is None):
         raise ConfigError("need model_name_or_path, or a model and its tokenizer from Python")
+    if isinstance(model, str):
+        raise ConfigError(f"need model_name_or_path for a path or hub id, got model={model!r}")
+    parent = next(
+        p
+        for p in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents)
+        if p.exists()
+    )
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"need an output_dir that can be made, got {config.output_dir}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ConfigError(f"need one process, got WORLD_SIZE={processes}")
@@ -267,7 +282,8 @@ class Reader:
         except ValueError as error:  # what the tokenizer or the budget cannot do
             raise ConfigError(f"{part}: {error}") from error
         counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
-        say(", ".join([f"{part}: {len(groups)} groups of {len(examples)} rows", *counts]))
+        rows_read = len(examples) + sum(n for k, n in dropped.items() if k != "sft_on_chosen")
+        say(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
         return groups
 
     def examples(self, part: str, rows: Rows | None) -> tuple[list[Example], dict[str, int]]:
@@ -281,6 +297,8 @@ class Reader:
         name, split = config.dataset_name, config.dataset_train_split
         if part == "eval":
             split = config.dataset_test_split
+            if config.eval_dataset_name is None and Path(str(name)).is_file():
+                raise ConfigError(f"need eval_dataset_name beside the one file {name}, got none")
             if config.eval_dataset_name is not None:
                 name = config.eval_dataset_name
                 split = "train" if Path(name).is_file() else split  # a file is one split

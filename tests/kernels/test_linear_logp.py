@@ -175,6 +175,19 @@ def test_leading_dimensions_and_strides():
     torch.testing.assert_close(one, flat[0])
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_ignored_rows_may_hold_nan_with_rows(frozen):
+    inputs = make(N=9, M=12)
+    clean = run(linear_logp_stats, inputs, frozen=frozen)
+    only_ignored = set(range(9)) - set(inputs["rows"][inputs["target"] != -100].tolist())
+    inputs["target"][inputs["rows"] == 0] = -100
+    clean = run(linear_logp_stats, inputs, frozen=frozen)
+    inputs["hidden"][[0, *only_ignored]] = float("nan")
+    dirty = run(linear_logp_stats, inputs, frozen=frozen)
+    for name in ("logp", "dhidden", *([] if frozen else ["dweight"])):
+        torch.testing.assert_close(dirty[name], clean[name])
+
+
 def test_ignored_rows_are_never_read():
     inputs = make(12, 16, 100)
     ignored = inputs["target"] == -100

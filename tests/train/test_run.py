@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fastpref.losses.preference import PairLoss
+from fastpref.methods.dpo import DPO
 from fastpref.train.checkpoint import CheckpointError
 from fastpref.train.config import ConfigError
-from fastpref.train.loop import Callback
+from fastpref.train.loop import Callback, DivergedError
 from fastpref.train.run import dpo, sft
 
 TIMES = ("tokens_per_second", "eval_runtime")
@@ -113,7 +114,9 @@ def test_every_metric_of_every_step_equals_plain_torch(
     config |= {"weight_decay": 0.1, **options_of_both}
     result = dpo(config, new_model(), pairs[:20], tokenizer=tokenizer)
     rows = rows_of(tmp_path)
+    assert set(DPO.metric_names) <= rows[0].keys()
     for row, expected in zip(rows, want, strict=True):
+        assert {"loss", "rewards/margins", *expected} >= {"loss", *DPO.metric_names}
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
         margin = expected["rewards/chosen"] - expected["rewards/rejected"]
@@ -367,6 +370,10 @@ def test_own_loss_and_callbacks(tmp_path, tokenizer, new_model, pairs):
     theirs = dpo(options(tmp_path / "named", max_steps=2), new_model(), pairs, tokenizer=tokenizer)
     assert_same(weights_of(own), weights_of(theirs), atol=1e-6, rtol=0)
     assert seen == [("step", 1), ("step", 2), ("evaluate", 2, True), ("save", 2, True)]
+    wrong = PairLoss(*(torch.zeros(()) for _ in range(3)))
+    config = options(tmp_path / "worse")
+    with pytest.raises(ValueError, match="loss_fn must return losses"):
+        dpo(config, new_model(), pairs, tokenizer=tokenizer, loss_fn=lambda *x: wrong)
     with pytest.raises(ValueError, match="loss_fn must return losses"):
         dpo(
             options(tmp_path / "bad"),
@@ -390,6 +397,41 @@ def test_several_losses_are_summed_with_their_weights(tmp_path, tokenizer, new_m
     dpo(options(tmp_path, max_steps=1, **both), new_model(), pairs, tokenizer=tokenizer)
     # at the reference every margin is 0: ln 2 and 1
     assert rows_of(tmp_path)[0]["loss"] == pytest.approx(math.log(2) + 0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_sampling_strategy", "foo"),
+        ("gradient_checkpointing", "often"),
+        ("max_steps", 1.5),
+        ("per_device_train_batch_size", 2.5),
+        ("beta", "much"),
+        ("eval_strategy", "step"),
+        ("metric_for_best_model", "rewards/acuracies"),
+        ("seed", 2**40),
+        ("head_workspace", 100),
+    ],
+)
+def test_values_from_python_are_checked_like_flags(
+    tmp_path, tokenizer, new_model, pairs, key, value
+):
+    with pytest.raises(ConfigError, match=f"{key}|workspace"):
+        dpo(options(tmp_path) | {key: value}, new_model(), pairs, tokenizer=tokenizer)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_numbers_may_come_as_text(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path, learning_rate="1e-5", max_steps=1, output_dir=tmp_path / "run")
+    dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    assert rows_of(tmp_path / "run")[0]["learning_rate"] == 1e-5
+
+
+def test_a_diverged_run_stops_and_saves_nothing(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path, learning_rate=1e30, max_steps=5, max_grad_norm=0)
+    with pytest.raises(DivergedError, match="the loss is nan at step"):
+        dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
