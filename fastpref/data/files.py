@@ -194,6 +194,8 @@ def read_rows(name: str | Path, config_name: str | None, split: str) -> Sourced:
         (source, row) pairs; a row that cannot be read is its DataError, one that loses the rest of
         the file raises it.
     """
+    if not str(name):
+        raise DataError("need a path or a hub id, got an empty name")
     path, label = Path(name).expanduser(), str(name)
     try:
         local = path.exists()

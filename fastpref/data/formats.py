@@ -88,7 +88,8 @@ def _text(row: Mapping[str, Any], column: str, source: str) -> Text:
                 got = type(part).__name__ if isinstance(content, list) else type(content).__name__
                 got = str(part.get("type", got)) if isinstance(part, dict) else got
                 raise DataError(f"{at}: content: need text or a list of text parts, got {got}")
-    return value
+    # text templates join strings, so parts of text become one
+    return [m | {"content": _content(m)} if "content" in m else m for m in value]
 
 
 def _implicit_strings(chosen: str, rejected: str, turn_marker: str) -> tuple[str, tuple[str, str]]:
