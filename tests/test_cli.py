@@ -70,7 +70,7 @@ def test_tiny_sft_dpo_chain(tmp_path):
         (["dpo", "--model_name_or_path", "./nowhere"], 1, "./nowhere"),
         (["dpo", "--model_name_or_path", "x", "--output_dir", __file__], 1, "an output_dir"),
         (["tiny"], 1, "dataset_name"),
-        (["tiny", "--dataset_name", "", "--output_dir", "x"], 1, "dataset_name"),
+        (["tiny", "--dataset_name", "", "--output_dir", "x"], 1, "got an empty name"),
         (["tiny", "--dataset_name", "x", "--output_dir", "y", "-v", "3"], 1, "one value for"),
         (["quickstart", "--seed", "x"], 1, "seed"),
     ],
