@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from fastpref.data.tokenize import stop_token_ids
+from fastpref.data.chat import stop_token_ids
 from fastpref.models.head import LogpModel
 
 

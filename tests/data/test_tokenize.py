@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastpref.data.chat import stop_token_ids
 from fastpref.data.files import DataError
 from fastpref.data.formats import Example, load_examples
-from fastpref.data.tokenize import Group, stop_token_ids, tokenize
+from fastpref.data.tokenize import Group, tokenize
 
 # id: 0      1     2       3    4         5       6            7        8     9       10
 WORDS = ["?", "\n", "\n\n", " ", "system", "user", "assistant", "model", "Be", "kind", "Hi"]
