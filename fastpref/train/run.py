@@ -164,28 +164,14 @@ def run(
     except ValueError as error:  # a head_workspace that is too small
         raise ConfigError(str(error)) from error
 
+    trainer = Trainer(
+        config, method, engine, tokenizer, train_groups, eval_groups, folder, callbacks=callbacks
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    reference = None
-    if method.needs_reference and method.precomputes_reference:
-        train_groups, eval_groups = (
-            precompute(
-                engine,
-                policy,
-                groups,
-                folder / "reference_logps" / f"{part}.safetensors",
-                batch_size=config.per_device_eval_batch_size,
-                max_tokens=config.max_tokens_per_micro_batch,
-            )
-            for part, groups in (("train", train_groups), ("eval", eval_groups))
-        )
-    elif method.needs_reference:
-        reference = policy.frozen_copy()
+    write_config(config, folder / "run.yaml")
+    prepare_reference(trainer)
     if config.gradient_checkpointing:
         checkpoint_activations(policy.model)
-    trainer = Trainer(
-        config, method, engine, tokenizer, train_groups, eval_groups, folder, reference, callbacks
-    )
-    write_config(config, folder / "run.yaml")
     metrics = trainer.train(resume)
     best = trainer.state.best_step
     if config.load_best_model_at_end and best is not None:
@@ -195,17 +181,33 @@ def run(
     return Result(policy, tokenizer, metrics, trainer.state.step, folder)
 
 
+def prepare_reference(trainer: Trainer) -> None:
+    """A frozen copy of the policy as it is now, or its scores among the groups' extras."""
+    method, policy = trainer.method, trainer.engine.model
+    if method.needs_reference and not method.precomputes_reference:
+        trainer.reference = policy.frozen_copy()
+    elif method.needs_reference:
+        trainer.train_groups, trainer.eval_groups = (
+            precompute(
+                trainer.engine,
+                policy,
+                groups,
+                trainer.run / "reference_logps" / f"{part}.safetensors",
+                batch_size=trainer.config.per_device_eval_batch_size,
+                max_tokens=trainer.config.max_tokens_per_micro_batch,
+            )
+            for part, groups in (("train", trainer.train_groups), ("eval", trainer.eval_groups))
+        )
+
+
 def check_start(config: TrainConfig, model: Any, tokenizer: Any) -> None:
     """Refuse what cannot become a run, before anything is loaded."""
     if config.model_name_or_path is None and (model is None or tokenizer is None):
         raise ConfigError("need model_name_or_path, or a model and its tokenizer from Python")
     if isinstance(model, str):
         raise ConfigError(f"need model_name_or_path for a path or hub id, got model={model!r}")
-    parent = next(
-        p
-        for p in (Path(config.output_dir).absolute(), *Path(config.output_dir).absolute().parents)
-        if p.exists()
-    )
+    folder = Path(config.output_dir).absolute()
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"need an output_dir that can be made, got {config.output_dir}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
