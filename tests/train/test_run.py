@@ -206,11 +206,13 @@ def test_a_cache_of_another_reference_or_other_data_is_not_used(
 ):
     """Another step-1 loss than ln 2 would mean that the cache was read for the wrong reference."""
     config = options(tmp_path, precompute_ref_log_probs=True, resume="auto", max_steps=1)
-    barely = new_model()
+    barely = new_model(rope_theta=10.0)
     with torch.no_grad():
         barely.model.layers[0].mlp.up_proj.weight[5, 7] += 10.0
+    # each differs from the one before it in one thing
     turned = new_model(rope_theta=10.0)
-    runs = [(new_model(), pairs), (barely, pairs), (turned, pairs), (new_model(), pairs[::-1])]
+    back = pairs[::-1]
+    runs = [(new_model(), pairs), (new_model(), back), (turned, back), (barely, back)]
     for model, rows in runs:
         dpo(config, model, rows, tokenizer=tokenizer)
         assert rows_of(tmp_path)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
