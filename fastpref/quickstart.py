@@ -56,7 +56,7 @@ class QuickstartConfig:
     loss_type: str = "sigmoid"
     """DPO's loss."""
     shuffle_preferences: bool = False
-    """Swap chosen and rejected of the training pairs by coin: the control that must not rise."""
+    """Swap chosen and rejected in a random half of the training pairs: the control."""
 
     def __post_init__(self) -> None:
         for key in ("seeds", "reviews"):
@@ -132,7 +132,8 @@ def one_seed(
         for half in halves
     )
     if config.shuffle_preferences:
-        pairs = [swapped(pair) if rng.random() < 0.5 else pair for pair in pairs]
+        half = set(rng.sample(range(len(pairs)), len(pairs) // 2))  # a coin could favour one side
+        pairs = [swapped(pair) if i in half else pair for i, pair in enumerate(pairs)]
     before = judge(reference, reference, tokenizer, prompts[halves[1]], seed)
     trained = prefer(config, seed, folder, tuned, pairs, held_out)
     after = judge(trained.model, reference, tokenizer, prompts[halves[1]], seed)
