@@ -24,7 +24,7 @@ def test_reward_rises_over_three_seeds_and_not_when_shuffled(tmp_path):
         r["gold_reward_before_se"] ** 2 + r["gold_reward_after_se"] ** 2 for r in shuffled["runs"]
     ]
     assert shuffled["gain"] < 3 * max(shuffled["gain_se"], (sum(errors) / 9) ** 0.5)
-    assert shuffled["accuracy"] < 0.6 < told["accuracy"]  # held-out pairs are never swapped
+    assert shuffled["accuracy"] < 0.58 < told["accuracy"]  # held-out pairs are never swapped
     written = json.loads((tmp_path / "told" / "summary.json").read_text())
     assert {
         "gold_reward_before",

@@ -167,6 +167,8 @@ def run(
     trainer = Trainer(
         config, method, engine, tokenizer, train_groups, eval_groups, folder, callbacks=callbacks
     )
+    if resume is not None:  # a changed run is refused before a file of it is touched
+        checkpoint.load_state(resume, trainer.shape())
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder / "run.yaml")
     prepare_reference(trainer)

@@ -271,6 +271,7 @@ def test_resume_refuses_a_changed_run(tmp_path, tokenizer, new_model, pairs):
     ):
         with pytest.raises(CheckpointError, match=named):
             dpo(config | more, new_model(), rows, tokenizer=tokenizer)
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["learning_rate"] == 1e-3
     older = config | {"resume": str(tmp_path / "checkpoint-1")}
     with pytest.raises(CheckpointError, match="steps after checkpoint-1: checkpoint-2"):
         dpo(older, new_model(), pairs, tokenizer=tokenizer)
