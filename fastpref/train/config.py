@@ -119,12 +119,24 @@ class TrainConfig:
     """Steps between checkpoints; below 1 a fraction of all steps."""
     save_total_limit: int | None = None
     """Checkpoints to keep: the newest ones, and always the best."""
+    save_only_model: bool = False
+    """Leave optimizer and random state out of checkpoints: smaller, but no run goes on from one."""
     metric_for_best_model: str | None = None
     """Evaluation metric that ranks checkpoints; None: loss."""
     greater_is_better: bool | None = None
     """Direction of that metric; None: lower for a loss, higher for anything else."""
     load_best_model_at_end: bool = False
     """Let the final model be the best checkpoint, not the last step."""
+    eval_samples: int = 0
+    """Completions sampled at each evaluation, one for each of the first evaluation prompts."""
+    max_new_tokens: int = 128
+    """Longest of those completions."""
+    report_to: str | list[str] = "none"
+    """Trackers that get every logged line: none, tensorboard, wandb, trackio, or several."""
+    project: str | None = None
+    """Project of the run in wandb and trackio; None: WANDB_PROJECT, else fastpref."""
+    run_name: str | None = None
+    """The run's name in trackers and reports; None: the name of output_dir."""
     disable_tqdm: bool | None = None
     """Plain lines instead of a progress bar on a terminal."""
     local_rank: int = -1
@@ -138,9 +150,10 @@ class TrainConfig:
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
         at_least(self, 1, "per_device_eval_batch_size")
         at_least(self, 1, "max_tokens_per_micro_batch", "save_total_limit", "head_workspace")
+        at_least(self, 1, "max_new_tokens")
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed")
-        at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon")
+        at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon", "eval_samples")
         if self.seed >= 2**32:
             raise ConfigError(f"need a seed below 2**32, got {self.seed}")
         for key in ("logging_steps", "eval_steps", "save_steps"):
@@ -207,6 +220,8 @@ class DPOConfig(TrainConfig):
     """Probability that a preference is flipped (conservative DPO)."""
     precompute_ref_log_probs: bool = False
     """Score the data with the reference once, before training, and keep no second model."""
+    reference_cache: str | None = None
+    """Folder of those scores, which several runs may share; None: in the run's own folder."""
 
     def loss_types(self) -> list[str]:
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)

@@ -102,7 +102,6 @@ def test_flags_as_recipes_and_launchers_write_them(args, key, value):
         ({"loss_type": "sigmiod"}, "nearest is 'sigmoid'"),
         ({"use_peft": True}, "use_peft: True is not supported"),
         ({"optim": "adafactor"}, "optim: 'adafactor'"),
-        ({"report_to": "wandb"}, "report_to: 'wandb'"),
         ({"packing": True}, "packing: True"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "arguments that lr_scheduler_type"),
         ({"lr_scheduler_kwargs": {"cycles": 2}}, "arguments that lr_scheduler_type 'linear'"),
