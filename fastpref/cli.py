@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ def run_command(command: str, args: list[str]) -> int:
     from fastpref.models.tiny import TinyConfig, make_tiny
     from fastpref.quickstart import QuickstartConfig, quickstart
     from fastpref.train.config import DPOConfig, SFTConfig
+    from fastpref.train.guard import Stopped
     from fastpref.train.run import dpo, sft
 
     commands: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
@@ -70,7 +72,13 @@ def run_command(command: str, args: list[str]) -> int:
     }
     config_class, action = commands[command]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar is enough, and it is ours
-    action(parse(command, config_class, args))
+    config = parse(command, config_class, args)
+    try:
+        action(config)
+    except Stopped as stop:
+        again = args if getattr(config, "resume", "auto") == "auto" else [*args, "--resume", "auto"]
+        line = shlex.join(["fastpref", command, *again])
+        print(f"fastpref: {stop}; go on with: {line}", file=sys.stderr)
     return 0
 
 
@@ -192,7 +200,7 @@ def is_input_error(error: Exception) -> bool:
     from fastpref.models.attention import ModelError
     from fastpref.train.checkpoint import CheckpointError
     from fastpref.train.config import ConfigError
-    from fastpref.train.loop import DivergedError
+    from fastpref.train.guard import DivergedError
 
     ours = (UsageError, ConfigError, DataError, ModelError, CheckpointError, DivergedError)
     return isinstance(error, (*ours, ArgumentError))

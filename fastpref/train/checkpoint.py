@@ -3,10 +3,16 @@
 import json
 import os
 import shutil
+import sys
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from fastpref.train.engine import STATE as ENGINE_STATE
 from fastpref.train.engine import Engine
 
 STATE = "trainer_state.json"
@@ -22,12 +28,19 @@ class TrainerState:
 
     step: int = 0
     num_tokens: int = 0
+    evaluated: int = -1
+    """The last step after which there was an evaluation."""
     best_metric: float | None = None
     best_step: int | None = None
     sums: dict[str, list[float]] = field(default_factory=dict)
     """Sums and counts since the last log line."""
+    lines: dict[str, int] = field(default_factory=dict)
+    """Lines of metrics.jsonl and samples.jsonl that were written up to here."""
     shape: dict[str, Any] = field(default_factory=dict)
     """What the steps depend on; a run goes on only if it is unchanged."""
+    eval_data: str = ""
+    files: dict[str, list[int]] = field(default_factory=dict)
+    """Bytes and CRC-32 of every other file of the checkpoint."""
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -45,23 +58,105 @@ def complete(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def save(run: Path, engine: Engine, tokenizer: Any, state: TrainerState) -> Path:
-    """Write a checkpoint beside its place, then put it there with one rename."""
+def save(
+    run: Path, engine: Engine, tokenizer: Any, state: TrainerState, *, only_model: bool = False
+) -> Path:
+    """Write a checkpoint beside its place, then put it there with one rename.
+
+    Args:
+        only_model: leave optimizer and random state out: no run goes on from there.
+
+    Raises:
+        CheckpointError: it could not be written; what was there before is untouched.
+    """
     final = path_of(run, state.step)
-    partial = run / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    engine.save_model(partial)
-    engine.save_state(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-    for path in (*partial.rglob("*"), partial):
-        sync(path)
+
+    def fill(folder: Path) -> None:
+        engine.save_model(folder)
+        if not only_model:
+            engine.save_state(folder)
+        tokenizer.save_pretrained(folder)
+        state.files = {name: list(checksum(folder / name)) for name in names_in(folder)}
+        (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+
+    partial = staged(run / f".{final.name}.partial", fill)
     if final.exists():
         remove(final)
     partial.rename(final)
     sync(run)
     return final
+
+
+def publish(run: Path, engine: Engine, tokenizer: Any) -> None:
+    """Write the final model: ``config.json``, without which nothing loads it, comes last.
+
+    Raises:
+        CheckpointError: it could not be written; the run's checkpoints are untouched.
+    """
+
+    def fill(folder: Path) -> None:
+        engine.save_model(folder)
+        tokenizer.save_pretrained(folder)
+
+    partial = staged(run / ".model.partial", fill)
+    (run / "config.json").unlink(missing_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+        target = run / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.rename(target)
+    partial.rmdir()
+    sync(run)
+
+
+def staged(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """A new folder with what ``fill`` writes, on the disk when this returns; all of it or none."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        fill(folder)
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        newest = [p.name for p in complete(folder.parent)[-1:]] or ["none"]
+        raise CheckpointError(
+            f"could not write {folder} ({free} bytes are free): {error}; newest complete "
+            f"checkpoint: {newest[0]}"
+        ) from error
+    return folder
+
+
+def names_in(folder: Path) -> list[str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [p.relative_to(folder).as_posix() for p in files]
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    count = code = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            count, code = count + len(block), zlib.crc32(block, code)
+    return count, code
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where all are as they were written."""
+    try:
+        files = read_state(folder).files
+    except CheckpointError as error:
+        return str(error)
+    for name, (count, code) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != count:
+            return f"{name} has {path.stat().st_size} bytes of {count}"
+        if checksum(path)[1] != code:
+            return f"{name} is not what was written (CRC-32)"
+    return None
 
 
 def sync(path: Path) -> None:
@@ -73,6 +168,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint; renamed first, since a half-deleted folder must not look complete."""
     doomed = path.with_name(f".{path.name}.deleted")
@@ -81,25 +183,41 @@ def remove(path: Path) -> None:
 
 
 def prune(run: Path, limit: int | None, best_step: int | None) -> None:
-    """Delete the oldest checkpoints over ``limit``; the newest and the best stay."""
+    """Delete the oldest checkpoints over ``limit``.
+
+    The newest and the best stay, and the newest that a run can go on from.
+    """
     if limit is None:
         return
     found = complete(run)
     safe = {*found[-1:]} | ({path_of(run, best_step)} if best_step else set())
+    safe |= {*[p for p in found if (p / ENGINE_STATE).exists()][-1:]}
     for path in [p for p in found if p not in safe][: max(0, len(found) - limit)]:
         remove(path)
 
 
+def sweep(run: Path, step: int) -> None:
+    """Delete what a killed run left half-done; set checkpoints after ``step`` aside."""
+    for pattern in (".*.partial", ".checkpoint-*.deleted"):
+        for path in run.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in complete(run):
+        if step_of(path) > step:
+            aside = path.with_name(f"{path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def find(run: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from: ``auto`` takes the newest of the run, else a folder.
+    """The checkpoint to go on from: ``auto`` takes the newest whole one of the run, else a folder.
 
     Raises:
-        CheckpointError: the folder is no complete checkpoint, or the run's folder holds steps that
+        CheckpointError: the folder is no whole checkpoint, or the run's folder holds steps that
             those to come would be mixed with.
     """
     found = complete(run)
     if resume == "auto":
-        return found[-1] if found else None
+        return newest_whole(run)
     if resume is None:
         if found or (run / "metrics.jsonl").exists():
             raise CheckpointError(
@@ -109,6 +227,8 @@ def find(run: Path, resume: str | None) -> Path | None:
     path = Path(resume)
     if not (path / STATE).exists():
         raise CheckpointError(f"need a complete checkpoint to resume from, got {path}")
+    if problem := unfit(path):
+        raise CheckpointError(f"need a whole checkpoint to resume from, but {path} {problem}")
     later = [p.name for p in found if step_of(p) > step_of(path)]
     if later:
         raise CheckpointError(
@@ -118,16 +238,57 @@ def find(run: Path, resume: str | None) -> Path | None:
     return path
 
 
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that a run can go on from, saying what is passed over.
+
+    Returns:
+        None where the run has no checkpoint at all.
+
+    Raises:
+        CheckpointError: it has some, and none will do.
+    """
+    problems: list[str] = []
+    for path in reversed(complete(run)):
+        problem = unfit(path)
+        if problem is None:
+            for line in problems:
+                print(f"{line}: going on from {path.name}", file=sys.stderr, flush=True)
+            return path
+        problems.append(f"{path} {problem}")
+    if problems:
+        need = "need a checkpoint to go on from, or none to start anew"
+        raise CheckpointError(f"{need}, got {'; '.join(problems)}")
+    return None
+
+
+def unfit(folder: Path) -> str | None:
+    """Why no run can go on from a complete checkpoint; None where one can."""
+    if problem := damage(folder):
+        return f"is damaged ({problem})"
+    if not (folder / ENGINE_STATE).exists():
+        return "holds the model alone (it can be the model_name_or_path of a new run)"
+    return None
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The state of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        return TrainerState(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE} is not a trainer state: {error}") from error
+
+
 def load_state(folder: Path, shape: dict[str, Any]) -> TrainerState:
     """The state of a checkpoint, if its run had the same data, order and optimizer.
 
     Raises:
         CheckpointError: the file is damaged, or names what has changed since.
     """
-    try:
-        state = TrainerState(**json.loads((folder / STATE).read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise CheckpointError(f"{folder / STATE} is not a trainer state: {error}") from error
+    state = read_state(folder)
     now = json.loads(json.dumps(shape))
     changed = [
         f"{key} {state.shape.get(key)!r}, now {now.get(key)!r}"

@@ -15,6 +15,7 @@ from fastpref.losses.preference import LOSSES, dpo_loss
 from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
 
 Strategy = Literal["no", "steps", "epoch"]
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 class ConfigError(ValueError):
@@ -168,6 +169,7 @@ class TrainConfig:
         self.check_schedule()
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"need dtype: auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        tracker_names(self.report_to)
 
     def check_schedule(self) -> None:
         """Build the schedule once on a dummy, since only it knows which arguments it takes."""
@@ -285,6 +287,25 @@ def typed(cls: type[Config], values: Mapping[str, Any]) -> Config:
     except ArgumentError as error:
         raise ConfigError(str(error)) from error
     return cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls)})
+
+
+def tracker_names(report_to: str | list[str]) -> list[str]:
+    """The trackers that report_to asks for, each once.
+
+    Raises:
+        ConfigError: a name that is no tracker; "all" too, for what a run reports to must not depend
+            on what happens to be installed.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(dict.fromkeys(report_to))
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name in ("all", "none"):
+            known = ", ".join(TRACKERS)
+            raise ConfigError(f"need report_to: none, or some of {known}, got {report_to!r}")
+        if name not in TRACKERS:
+            raise ConfigError(unknown("report_to", name, ["none", *TRACKERS]))
+    return names
 
 
 def names_of(key: str) -> list[str]:

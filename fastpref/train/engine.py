@@ -11,6 +11,9 @@ from transformers import get_scheduler
 
 from fastpref.models.head import LogpModel
 
+# what save_state writes: a folder without it holds a model alone
+STATE = "state.pt"
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -44,11 +47,17 @@ class Engine(Protocol):
     def backward(self, loss_sum: Tensor, count: float, *, last: bool) -> None:
         """Add the gradient of loss_sum / count, count being global; last: of this step."""
 
-    def step(self) -> tuple[Tensor, float]:
-        """Clip, step, advance the schedule: (gradient norm before clipping, rate that was used)."""
+    def step(self, loss: Tensor) -> tuple[Tensor, float]:
+        """Clip, step, advance the schedule: (gradient norm before clipping, rate that was used).
+
+        From the first ``loss`` (0-d) or norm on that is not finite the weights stay as they are.
+        """
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks."""
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes that save_model writes, and save_state."""
 
     def save_model(self, folder: Path) -> None:
         """Write the model as plain transformers reads it."""
@@ -85,6 +94,7 @@ class TorchEngine:
         ]
         self.spec = spec
         self.parameters = trained
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=spec.learning_rate,
@@ -106,9 +116,12 @@ class TorchEngine:
     def backward(self, loss_sum: Tensor, count: float, *, last: bool) -> None:
         (loss_sum / count).backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> tuple[Tensor, float]:
+    def step(self, loss: Tensor) -> tuple[Tensor, float]:
         limit = self.spec.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        self.broken = self.broken | ~torch.isfinite(norm) | ~torch.isfinite(loss)
+        # the fused step reads this on the device and then changes nothing: no sync
+        self.optimizer.found_inf = self.broken.float()  # type: ignore[attr-defined]
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.schedule.step()
@@ -117,6 +130,10 @@ class TorchEngine:
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values
+
+    def sizes(self) -> tuple[int, int]:
+        model = sum(p.nbytes for p in self.model.parameters())
+        return model, 2 * sum(p.nbytes for p in self.parameters)  # AdamW's two moments
 
     def save_model(self, folder: Path) -> None:
         self.model.model.save_pretrained(folder)
@@ -128,7 +145,7 @@ class TorchEngine:
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        torch.save(state, folder / "state.pt")
+        torch.save(state, folder / STATE)
 
     def load_model(self, folder: Path) -> None:
         model = self.model.model
@@ -142,7 +159,7 @@ class TorchEngine:
         model.load_state_dict(saved.state_dict())
 
     def load_state(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"].cpu())

@@ -1,11 +1,10 @@
 """The loop: optimizer steps over groups, with evaluation, logging and checkpoints between."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,16 @@ from fastpref.data.packing import num_tokens, pack, split_groups
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
 from fastpref.models.head import LogpModel
+from fastpref.rollout.generate import SamplingParams, generate
 from fastpref.train import checkpoint
+from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError, TrainerState
 from fastpref.train.config import ConfigError, TrainConfig, unknown
 from fastpref.train.engine import Engine, OptimizerSpec
-from fastpref.train.metrics import Display, MetricsFile, MetricSums
+from fastpref.train.guard import DivergedError, Stopped, StopRequest, check_room
+from fastpref.train.metrics import Display, JsonLines, MetricSums, peak_memory
 from fastpref.train.reference import hash_groups, with_reference
+from fastpref.train.schedule import Plan, eval_strategy, moments
 
 # keys that shape the steps; others, such as when to log, may change when a run goes on
 STEP_KEYS = (
@@ -29,65 +32,8 @@ STEP_KEYS = (
     *("adam_epsilon", "max_grad_norm", "dtype", "bf16"),
     *("beta", "loss_type", "loss_weights", "label_smoothing"),
 )
-
-
-class DivergedError(ArithmeticError):
-    """A loss that is not a number any more."""
-
-
-class Callback:
-    """Called by the loop; override what is wanted. Steps count from 1."""
-
-    def on_step(self, step: int, engine: Engine) -> None:
-        """After every optimizer step."""
-
-    def on_evaluate(self, step: int, metrics: dict[str, float]) -> None:
-        """After every evaluation, with its ``eval_`` metrics."""
-
-    def on_save(self, step: int, folder: Path) -> None:
-        """After a checkpoint is complete."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which groups each optimizer step takes: a pure function of the seed and the step."""
-
-    num_groups: int
-    per_step: int
-    total_steps: int
-    seed: int
-    shuffle: bool
-
-    @classmethod
-    def of(cls, config: TrainConfig, num_groups: int, world_size: int) -> "Plan":
-        per_step = (
-            config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
-        )
-        epochs = math.ceil(math.ceil(num_groups / per_step) * config.num_train_epochs)
-        total = config.max_steps if config.max_steps > 0 else epochs
-        shuffle = config.train_sampling_strategy == "random"
-        return cls(num_groups, per_step, total, config.seed, shuffle)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_groups / self.per_step)
-
-    def indices(self, step: int) -> list[int]:
-        """The groups of a step, counted from 0; the last step of an epoch may hold fewer."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first = within * self.per_step
-        last = min(first + self.per_step, self.num_groups)
-        if not self.shuffle:
-            return list(range(first, last))
-        return epoch_order(self.num_groups, self.seed, epoch)[first:last]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_groups: int, seed: int, epoch: int) -> list[int]:
-    """The shuffled order of an epoch's groups."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(num_groups, generator=generator).tolist()
-    return order
+# losses that may wait on the device before they are looked at
+MOST_UNSEEN = 1000
 
 
 @dataclass
@@ -103,23 +49,30 @@ class Trainer:
     run: Path
     reference: LogpModel | None = None
     callbacks: Sequence[Callback] = ()
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         config = self.config
         self.plan = Plan.of(config, len(self.train_groups), self.engine.world_size)
         self.counts = [self.method.count(group) for group in self.train_groups]
-        self.state = TrainerState(shape=self.shape())
+        self.state = TrainerState(shape=self.shape(), eval_data=described(self.eval_groups))
+        self.saved = -1  # the step of the newest checkpoint that holds all of the state
         self.sums = MetricSums()
-        self.file = MetricsFile(self.run / "metrics.jsonl")
+        self.unseen: list[tuple[str, int, list[Group], torch.Tensor]] = []
+        """Name, step, groups and value of what has not been looked at yet."""
+        self.file = JsonLines(self.run / "metrics.jsonl")
+        self.samples = JsonLines(self.run / "samples.jsonl")
         total = self.plan.total_steps
         self.log_every = config.every("logging_steps", total)
-        self.save_at = self.moments(config.save_strategy, "save_steps")
+        self.save_at = moments(config, self.plan, config.save_strategy, "save_steps")
         self.check_metric(config.metric_for_best_model)
         strategy = eval_strategy(config, bool(self.eval_groups))
         key = "eval_steps" if config.eval_steps is not None else "logging_steps"
-        self.eval_at = self.moments(strategy, key)
+        self.eval_at = moments(config, self.plan, strategy, key)
         if self.eval_at and not self.eval_groups:
             raise ConfigError("need an evaluation data set for eval_strategy, got none")
+        if config.eval_samples and not (self.eval_at or config.eval_on_start):
+            raise ConfigError(f"need evaluations for eval_samples {config.eval_samples}, got none")
         if config.load_best_model_at_end and not (self.save_at and self.save_at <= self.eval_at):
             raise ConfigError(
                 "need an evaluation at every saved step for load_best_model_at_end, got "
@@ -138,42 +91,55 @@ class Trainer:
         kept = {name: config[name] for name in STEP_KEYS if name in config}
         return kept | {
             "groups_per_step": self.plan.per_step,
-            "data": hash_groups(self.train_groups),
+            "training data": described(self.train_groups),
         }
 
-    def moments(self, strategy: str, key: str) -> set[int]:
-        """The steps, counted from 1, after which something is due; the last one always."""
-        total = self.plan.total_steps
-        if strategy == "no":
-            return set()
-        every = self.plan.steps_per_epoch if strategy == "epoch" else self.config.every(key, total)
-        return {*range(every, total, every), total}
-
     def train(self, resume: Path | None = None) -> dict[str, float]:
-        """Run to the end; returns the last value of every metric that was logged."""
+        """Run to the end; returns the last value of every metric that was logged.
+
+        Raises:
+            CheckpointError: ``resume`` does not fit, or there is no room for what is to come.
+            DivergedError: a loss or gradient is not finite; the weights are as they were before.
+            Stopped: a signal asked for it; the run is saved.
+        """
         self.engine.prepare(optimizer_spec(self.config, self.plan.total_steps))
         if resume is not None:
             self.load(resume)
-        self.file.keep_until(-1 if resume is None else self.state.step)
+        checkpoint.sweep(self.run, self.state.step)
+        for file in (self.file, self.samples):
+            # another run's checkpoint says nothing of this run's files
+            own = resume is not None and resume.resolve().parent == self.run.resolve()
+            file.keep(self.state.lines.get(file.path.name, 0) if own else 0)
+        self.check_room()
         total = self.plan.total_steps
         title = type(self.method).__name__
         self.display = Display(title, total, self.state.step, plain=bool(self.config.disable_tqdm))
         try:
+            for callback in self.callbacks:
+                callback.on_start(self.config, self.run, self.state.step)
             if resume is not None:
                 self.display.say(f"resumed from {resume}, {total - self.state.step} steps to go")
-            if self.config.eval_on_start and self.state.step == 0:
-                self.evaluate(0)
+            step = self.state.step
+            wanted = self.config.eval_on_start if step == 0 else step in self.eval_at
+            if wanted and self.state.evaluated < step:
+                self.due()  # or what a stop left undone
             self.steps()
         finally:
             self.display.close()
+            for callback in self.callbacks:
+                callback.on_end()
         return self.file.last()
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""
+        now = self.state.eval_data
         self.state = checkpoint.load_state(folder, self.shape())
+        self.saved = self.state.step
         best = self.state.best_step
-        if best is not None and not checkpoint.path_of(self.run, best).exists():
-            self.state.best_step = self.state.best_metric = None  # it lies in another run's folder
+        elsewhere = best is not None and not checkpoint.path_of(self.run, best).exists()
+        if elsewhere or now != self.state.eval_data:  # no measure for what is to come
+            self.state.best_step = self.state.best_metric = None
+        self.state.eval_data = now
         try:
             self.engine.load_model(folder)
         except ValueError as error:
@@ -181,11 +147,21 @@ class Trainer:
         self.engine.load_state(folder)
         self.sums.load(self.state.sums)
 
+    def check_room(self) -> None:
+        """Refuse to start what the disk cannot hold."""
+        model, optimizer = self.engine.sizes()
+        coming = len([step for step in self.save_at if step > self.state.step])
+        if limit := self.config.save_total_limit:  # those kept, the best, and the one in writing
+            coming = min(coming, max(1, limit + 2 - len(checkpoint.complete(self.run))))
+        each = model + (0 if self.config.save_only_model else optimizer)
+        check_room(self.run, checkpoints=coming, checkpoint=each, model=model)
+
     def steps(self) -> None:
         """All optimizer steps that are left, and what is due after each."""
         total = self.plan.total_steps
         seconds, counted = 0.0, self.state.num_tokens  # of the steps alone, since the last line
         while self.state.step < total:
+            self.check_stop()
             began = time.perf_counter()
             norm, rate = self.step()
             seconds += time.perf_counter() - began
@@ -195,6 +171,7 @@ class Trainer:
                 callback.on_step(step, self.engine)
             first = step == 1 and self.config.logging_first_step
             if step % self.log_every == 0 or step == total or first:
+                self.check_finite()
                 row = {
                     "step": step,
                     "epoch": step / self.plan.steps_per_epoch,
@@ -203,18 +180,20 @@ class Trainer:
                     "learning_rate": rate,
                     "num_tokens": self.state.num_tokens,
                     "tokens_per_second": (self.state.num_tokens - counted) / seconds,
+                    "peak_memory_gib": peak_memory(self.engine.device),
                 }
                 self.write(row)
-                if not math.isfinite(row["loss"]):
-                    raise DivergedError(
-                        f"the loss is {row['loss']} at step {step}: lower the learning rate, or go "
-                        "on from an earlier checkpoint"
-                    )
                 seconds, counted = 0.0, self.state.num_tokens
-            if step in self.eval_at:
-                self.evaluate(step)
-            if step in self.save_at:
-                self.save()
+            self.check_stop()
+            self.due()
+
+    def due(self) -> None:
+        """Evaluate and save, where the step that was just taken asks for it."""
+        step = self.state.step
+        if self.state.evaluated < step and (step in self.eval_at or step == 0):
+            self.evaluate(step)
+        if step in self.save_at:
+            self.save(only_model=self.config.save_only_model)
 
     def step(self) -> tuple[torch.Tensor, float]:
         """One optimizer step: the mean loss over all its groups, in micro-batches."""
@@ -223,6 +202,7 @@ class Trainer:
         mine = [self.train_groups[i] for i in chosen][self.engine.rank :: self.engine.world_size]
         parts = self.split(mine, self.config.per_device_train_batch_size)
         self.engine.model.train()
+        total = torch.zeros((), device=self.engine.device)
         for number, part in enumerate(parts, 1):
             batch = pack(part).to(self.engine.device, non_blocking=True)
             batch = with_reference(self.engine, self.reference, batch)
@@ -231,10 +211,31 @@ class Trainer:
             self.engine.backward(loss, count, last=number == len(parts))
             count_here = loss.new_full((), self.total(part))
             self.sums.add({"loss": (loss.detach(), count_here), **metrics})
-        norm, rate = self.engine.step()
+            self.unseen.append(("loss", self.state.step + 1, part, loss.detach()))
+            total += loss.detach()
+        norm, rate = self.engine.step(total)
         self.state.step += 1
         self.state.num_tokens += sum(original_tokens(self.train_groups[i]) for i in chosen)
+        self.unseen.append(("gradient norm", self.state.step, mine, norm))
+        if self.engine.device.type == "cpu" or len(self.unseen) > MOST_UNSEEN:
+            self.check_finite()
         return norm, rate
+
+    def check_finite(self) -> None:
+        """Stop at the first loss or gradient norm that is not finite; one sync."""
+        seen, self.unseen = self.unseen, []
+        if not seen:
+            return
+        values = torch.stack([value.float() for *_, value in seen]).tolist()
+        for (name, step, groups, _), value in zip(seen, values, strict=True):
+            if not math.isfinite(value):
+                saved = [p.name for p in checkpoint.complete(self.run)[-1:]] or ["none"]
+                raise DivergedError(
+                    f"the {name} is {value} at step {step}, over the rows "
+                    f"{', '.join(str(group.row) for group in groups)} (from 0): the weights were "
+                    f"left as step {step - 1} made them. Look at these rows, or start a run with "
+                    f"a lower learning rate (newest checkpoint: {saved[0]})"
+                )
 
     def split(self, groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
         """Micro-batches: by tokens if a budget is set, else by groups."""
@@ -252,6 +253,7 @@ class Trainer:
         self.engine.model.eval()
         mine = self.eval_groups[self.engine.rank :: self.engine.world_size]
         for part in self.split(mine, self.config.per_device_eval_batch_size):
+            self.check_stop()
             batch = pack(part).to(self.engine.device)
             batch = with_reference(self.engine, self.reference, batch)
             with self.engine.autocast():
@@ -266,9 +268,36 @@ class Trainer:
             **values,
             "eval_runtime": time.perf_counter() - began,
         }
+        if self.config.eval_samples:
+            self.sample(step)
+        self.state.evaluated = step
         for callback in self.callbacks:
             callback.on_evaluate(step, values)
         self.write(row)
+
+    def sample(self, step: int) -> None:
+        """Complete the first evaluation prompts, with the same draws at every evaluation."""
+        groups = self.eval_groups[: self.config.eval_samples]
+        params = SamplingParams(max_new_tokens=self.config.max_new_tokens)
+        prompts = [group.prompt for group in groups]
+        with self.engine.autocast():
+            sampled = generate(
+                self.engine.model, self.tokenizer, prompts, 1, params, seed=self.config.seed
+            )
+        rows: list[dict[str, Any]] = [
+            {
+                "step": step,
+                "row": group.row,
+                "prompt": self.tokenizer.decode(group.prompt),
+                "completion": self.tokenizer.decode(one.tokens, skip_special_tokens=True),
+            }
+            for group, (one,) in zip(groups, sampled, strict=True)
+        ]
+        for row in rows:
+            self.samples.write(row)
+        self.display.say(f"step {step}, row {rows[0]['row']}: {rows[0]['completion']!r}")
+        for callback in self.callbacks:
+            callback.on_samples(step, rows)
 
     def note_best(self, step: int, values: dict[str, float]) -> None:
         """Remember the step if its metric is the best so far and a checkpoint of it will be."""
@@ -277,33 +306,48 @@ class Trainer:
         higher = self.config.greater_is_better
         higher = not name.endswith("loss") if higher is None else higher
         best = self.state.best_metric
-        if step in self.save_at and (best is None or (value > best if higher else value < best)):
+        better = best is None or (value > best if higher else value < best)
+        if step in self.save_at and better and math.isfinite(value):
             self.state.best_metric, self.state.best_step = value, step
 
-    def save(self) -> None:
+    def save(self, *, only_model: bool = False) -> Path:
+        self.check_finite()
         self.state.sums = self.sums.state()
-        folder = checkpoint.save(self.run, self.engine, self.tokenizer, self.state)
+        self.state.lines = {file.path.name: file.count for file in (self.file, self.samples)}
+        folder = checkpoint.save(
+            self.run, self.engine, self.tokenizer, self.state, only_model=only_model
+        )
+        self.saved = self.saved if only_model else self.state.step
         checkpoint.prune(self.run, self.config.save_total_limit, self.state.best_step)
         for callback in self.callbacks:
             callback.on_save(self.state.step, folder)
+        return folder
+
+    def check_stop(self) -> None:
+        """Save and stop, if a signal asked for it."""
+        if self.stop.signal is None:
+            return
+        step = self.state.step
+        if step and self.saved != step:
+            self.save()
+        where = f"saved in {checkpoint.path_of(self.run, step)}" if step else "nothing new to save"
+        raise Stopped(f"stopped by {self.stop.signal} after step {step}, {where}")
 
     def write(self, row: dict[str, Any]) -> None:
         self.file.write(row)
         self.display.log(row["step"], row)
+        for callback in self.callbacks:
+            callback.on_log(row["step"], row)
+
+
+def described(groups: Sequence[Group]) -> str:
+    """Which data these are, in a line that two runs can be held against."""
+    return f"{len(groups)} groups, sha256 {hash_groups(groups)[:16]}"
 
 
 def original_tokens(group: Group) -> int:
     """Tokens of the group as separate sequences, its prompt counted once per completion."""
     return num_tokens(group) + len(group.prompt) * (len(group.completions) - 1)
-
-
-def eval_strategy(config: TrainConfig, given: bool) -> str:
-    """What eval_strategy means where it is not set; ``given``: an evaluation data set is there."""
-    if config.eval_strategy is not None:
-        return config.eval_strategy
-    if config.eval_steps is not None:
-        return "steps"
-    return "epoch" if given else "no"
 
 
 def optimizer_spec(config: TrainConfig, total_steps: int) -> OptimizerSpec:

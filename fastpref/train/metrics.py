@@ -1,7 +1,9 @@
-"""Sums of metrics, the metrics file, and what a person sees while a run goes on."""
+"""Sums of metrics, the files of a run's lines, and what a person sees while it goes on."""
 
 import contextlib
 import json
+import math
+import resource
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastpref.methods.base import Metrics
+from fastpref.train.checkpoint import replace_text
 from fastpref.train.engine import Engine
 
 
@@ -50,36 +53,49 @@ class MetricSums:
         }
 
 
-class MetricsFile:
-    """metrics.jsonl: one object a line, in the order of the steps."""
+class JsonLines:
+    """A file of one object a line, in the order of the steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.count = 0
+        """Lines that this run has written."""
 
-    def keep_until(self, step: int) -> None:
-        """Drop the lines of steps after ``step``, which a resumed run takes again."""
-        if not self.path.exists():
-            return
-        partial = self.path.with_suffix(".partial")
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
+    def keep(self, count: int) -> None:
+        """Drop the lines after the first ``count``, which a resumed run writes again."""
+        if self.path.exists():
+            kept = self.rows()[:count]
+            self.count = len(kept)
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def rows(self) -> list[dict[str, Any]]:
         """Every whole line; the last one of a killed run may be torn."""
         rows = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line))
         return rows
 
     def last(self) -> dict[str, float]:
-        """The last value of every metric that was logged."""
+        """The last value of every name."""
         return {name: value for row in self.rows() for name, value in row.items()}
 
     def write(self, row: dict[str, Any]) -> None:
+        """Add a line; a number that is not finite becomes null, since JSON has no word for it."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite) + "\n")
+        self.count += 1
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that was in use so far, in GiB: the GPU's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 class Display:

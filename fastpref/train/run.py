@@ -1,6 +1,7 @@
 """A run from configuration to final model: what ``fastpref sft`` and ``fastpref dpo`` do."""
 
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,8 @@ from fastpref.models.load import (
     load_tokenizer,
 )
 from fastpref.train import checkpoint
+from fastpref.train.callbacks import Callback
+from fastpref.train.checkpoint import CheckpointError
 from fastpref.train.config import (
     Config,
     ConfigError,
@@ -38,8 +41,11 @@ from fastpref.train.config import (
     typed,
 )
 from fastpref.train.engine import TorchEngine
-from fastpref.train.loop import Callback, Trainer, eval_strategy
+from fastpref.train.guard import only_writer
+from fastpref.train.loop import Trainer
 from fastpref.train.reference import precompute
+from fastpref.train.schedule import eval_strategy
+from fastpref.train.trackers import trackers
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -143,9 +149,32 @@ def run(
     callbacks: Sequence[Callback],
 ) -> Result:
     """Everything between a checked configuration and a saved model."""
+    check_start(config, model, tokenizer)
+    callbacks = (*callbacks, *trackers(config))
+    folder = Path(config.output_dir)
+    try:
+        with only_writer(folder):
+            return run_alone(config, method, data, model, tokenizer, callbacks)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kept = [path.name for path in checkpoint.complete(folder)[-1:]] or ["none"]
+        raise CheckpointError(
+            f"need room on the disk of {folder}, got {error}; newest checkpoint: {kept[0]}"
+        ) from error
+
+
+def run_alone(
+    config: TrainConfig,
+    method: Method,
+    data: Data,
+    model: Any,
+    tokenizer: Any,
+    callbacks: Sequence[Callback],
+) -> Result:
+    """A run in a folder that no other run writes to."""
     folder = Path(config.output_dir)
     resume = checkpoint.find(folder, config.resume)
-    check_start(config, model, tokenizer)
     model = model.model if isinstance(model, LogpModel) else model
     tokenizer = tokenizer or load_tokenizer(
         str(config.model_name_or_path),
@@ -169,36 +198,38 @@ def run(
     )
     if resume is not None:  # a changed run is refused before a file of it is touched
         checkpoint.load_state(resume, trainer.shape())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / "run.yaml")
-    prepare_reference(trainer)
-    if config.gradient_checkpointing:
-        checkpoint_activations(policy.model)
-    metrics = trainer.train(resume)
-    best = trainer.state.best_step
-    if config.load_best_model_at_end and best is not None:
-        engine.load_model(checkpoint.path_of(folder, best))
-    engine.save_model(folder)
-    tokenizer.save_pretrained(folder)
+    checkpoint.replace_text(folder / "run.yaml", recipe(config))
+    with trainer.stop:
+        prepare_reference(trainer)
+        if config.gradient_checkpointing:
+            checkpoint_activations(policy.model)
+        metrics = trainer.train(resume)
+        best = trainer.state.best_step
+        if config.load_best_model_at_end and best is not None:
+            engine.load_model(checkpoint.path_of(folder, best))
+        checkpoint.publish(folder, engine, tokenizer)
     return Result(policy, tokenizer, metrics, trainer.state.step, folder)
 
 
 def prepare_reference(trainer: Trainer) -> None:
     """A frozen copy of the policy as it is now, or its scores among the groups' extras."""
-    method, policy = trainer.method, trainer.engine.model
+    method, policy, config = trainer.method, trainer.engine.model, trainer.config
     if method.needs_reference and not method.precomputes_reference:
         trainer.reference = policy.frozen_copy()
     elif method.needs_reference:
+        shared = getattr(config, "reference_cache", None)
+        folder = Path(shared) if shared else trainer.run / "reference_logps"
         trainer.train_groups, trainer.eval_groups = (
             precompute(
                 trainer.engine,
                 policy,
                 groups,
-                trainer.run / "reference_logps" / f"{part}.safetensors",
-                batch_size=trainer.config.per_device_eval_batch_size,
-                max_tokens=trainer.config.max_tokens_per_micro_batch,
+                folder,
+                batch_size=config.per_device_eval_batch_size,
+                max_tokens=config.max_tokens_per_micro_batch,
+                on_batch=trainer.check_stop,
             )
-            for part, groups in (("train", trainer.train_groups), ("eval", trainer.eval_groups))
+            for groups in (trainer.train_groups, trainer.eval_groups)
         )
 
 
@@ -313,9 +344,9 @@ class Reader:
         )
 
 
-def write_config(config: TrainConfig, path: Path) -> None:
+def recipe(config: TrainConfig) -> str:
     """The resolved configuration, as a recipe that runs again."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def say(text: str) -> None:
