@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -60,7 +61,7 @@ def _check_folder(name_or_path: str, needed: dict[str, tuple[str, ...]]) -> None
 def _load(load: Callable[..., Any], what: str, name_or_path: str, **options: Any) -> Any:
     try:
         return load(name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         where = (
             "the files of this folder"
             if Path(name_or_path).exists()

@@ -71,6 +71,25 @@ def test_missing_files(folder, tmp_path):
     refused(folder, r"a config \(config.json\)")
 
 
+def test_damaged_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="need the files of this folder to load the model"):
+        load_model(str(folder))
+
+
+def test_code_of_a_model_runs_only_when_asked(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = folder / "ran"
+    code = f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedConfig as Config\n"
+    (folder / "theirs.py").write_text(code)
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_model(str(folder))
+    assert not ran.exists()
+
+
 def test_unfit_models_and_tokenizers(folder):
     with pytest.raises(ValueError, match=r"dtype of auto, .* got 'int8'"):
         load_model(str(folder), dtype="int8")
