@@ -6,6 +6,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 COMMANDS = {
@@ -13,10 +14,14 @@ COMMANDS = {
     "dpo": "learn from preference pairs against a frozen reference",
     "quickstart": "the whole way in miniature: data, SFT, sampled pairs, DPO, reward against KL",
     "tiny": "make a small random model with a tokenizer trained on a data file",
+    "report": "draw the HTML page of a run or of several side by side: fastpref report RUN...",
 }
 
 # what a command needs beyond the ops' own torch and triton
-TRAIN_PACKAGES = {"transformers", "datasets", "jsonargparse", "rich", "yaml", "safetensors"}
+TRAIN_PACKAGES = {
+    *("transformers", "datasets", "jsonargparse", "rich", "yaml", "safetensors"),
+    *("matplotlib", "jinja2"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return fail(f"unknown command {command!r}\n\n{usage()}", 2)
     try:
-        return run_command(command, rest)
+        return report(rest) if command == "report" else run_command(command, rest)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except Exception as error:
@@ -79,6 +84,30 @@ def run_command(command: str, args: list[str]) -> int:
         again = args if getattr(config, "resume", "auto") == "auto" else [*args, "--resume", "auto"]
         line = shlex.join(["fastpref", command, *again])
         print(f"fastpref: {stop}; go on with: {line}", file=sys.stderr)
+    return 0
+
+
+def report(args: list[str]) -> int:
+    """Write the page of the runs in ``args`` and print where it lies."""
+    from jsonargparse import ArgumentParser
+
+    from fastpref.report.page import write_report
+
+    parser = ArgumentParser(
+        prog="fastpref report", description=COMMANDS["report"], exit_on_error=False
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run or a quickstart")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the page; by default report.html in the folder of one run, or here for several",
+    )
+    found = parser.parse_args(args)
+    if not found.runs:
+        raise UsageError("need fastpref report RUN..., got no RUN")
+    runs = [Path(run) for run in found.runs]
+    folder = runs[0] if len(runs) == 1 else Path()
+    print(write_report(runs, Path(found.output or folder / "report.html")))
     return 0
 
 
@@ -198,12 +227,13 @@ def is_input_error(error: Exception) -> bool:
 
     from fastpref.data.files import DataError
     from fastpref.models.attention import ModelError
+    from fastpref.report.read import ReportError
     from fastpref.train.checkpoint import CheckpointError
     from fastpref.train.config import ConfigError
     from fastpref.train.guard import DivergedError
 
     ours = (UsageError, ConfigError, DataError, ModelError, CheckpointError, DivergedError)
-    return isinstance(error, (*ours, ArgumentError))
+    return isinstance(error, (*ours, ReportError, ArgumentError))
 
 
 def fail(message: str, code: int) -> int:

@@ -22,6 +22,7 @@ from fastpref.data.tokenize import tokenize
 from fastpref.evaluate.frontier import Standing, mean_and_error, standing, text_of
 from fastpref.models.head import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
+from fastpref.report.page import write_report
 from fastpref.rollout.generate import SamplingParams, generate
 from fastpref.train.config import ConfigError, DPOConfig, SFTConfig
 from fastpref.train.run import Result, dpo, sft
@@ -113,6 +114,8 @@ def all_seeds(config: QuickstartConfig, began: float) -> dict[str, Any]:
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (root / "samples.json").write_text(json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
     show(summary, outcomes, shown)
+    page = write_report([root], root / "report.html")
+    Console().print(f"the whole of it, with figures: {page}", soft_wrap=True)
     return summary
 
 
@@ -154,10 +157,11 @@ def one_seed(
     return outcome, samples[:4]
 
 
-# what both stages share; no checkpoints, since a stage takes seconds
+# what both stages share; no checkpoints, since a stage takes seconds, and one report for all
 STAGE: dict[str, Any] = {
     "resume": "auto",
     "save_strategy": "no",
+    "report": False,
     "gradient_checkpointing": False,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,

@@ -1,5 +1,6 @@
 """Runs in processes of their own, started fast, marked phase by phase, and killed on purpose."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -150,7 +151,8 @@ def kill(config, phase, count, delay, *, four=False):
         if not child.until(phase, count):
             return False
         time.sleep(delay)
-        child.signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            child.signal(signal.SIGKILL)
         return child.end() == -signal.SIGKILL
 
 

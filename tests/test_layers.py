@@ -11,12 +11,12 @@ LAYERS = [
     ("kernels",),
     ("logps",),
     ("losses",),
-    ("data", "models"),
+    ("data", "models", "report"),
     ("methods",),
     ("rollout",),
     ("train", "plan"),
     ("evaluate",),
-    ("report", "integrations", "cli", "quickstart", "__init__"),
+    ("integrations", "cli", "quickstart", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -65,7 +65,7 @@ def _read_array(raw: bytes, name: str) -> Sourced:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1  # of the bytes after a BOM
         raise DataError(f"{name}:{line}: need UTF-8, got {error}") from error
     space = re.compile(r"[ \t\r\n]*")
 
@@ -93,21 +93,40 @@ def _read_array(raw: bytes, name: str) -> Sourced:
         raise DataError(f"{name}: need nothing after the array, got {rest[:20]!r}")
 
 
+def _python_rows(batch: Any) -> list[Any]:
+    """The rows of an Arrow batch; in the place of one that Python cannot hold, its error."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except Exception as error:  # Arrow's conversions share no base class
+        if len(batch) < 2:
+            return [error] * len(batch)
+        half = len(batch) // 2
+        rows = _python_rows(batch[:half]) + _python_rows(batch[half:])
+    return rows
+
+
 def _read_parquet(path: Path, name: str) -> Sourced:
-    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
+            columns, total = file.schema_arrow.names, file.metadata.num_rows
             if len(set(columns)) != len(columns):
                 raise DataError(f"{name}: need each column once, got {', '.join(columns)}")
             for batch in file.iter_batches(1024):
-                for row in batch.to_pylist():
-                    yield f"{name}[{number}]", row
+                for row in _python_rows(batch):
+                    source = f"{name}[{number}]"
+                    if isinstance(row, Exception):
+                        got = f"{type(row).__name__}: {row}"
+                        row = DataError(f"{source}: need a row that Python can hold, got {got}")
+                    yield source, row
                     number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+            if number != total:
+                raise DataError(f"{name}: need the {total} rows of its footer, got {number}")
+    except DataError:
+        raise
+    except Exception as error:  # Arrow's readers and extension types share no base class
         raise DataError(f"{name}[{number}]: need a readable parquet file, got {error}") from error
 
 
@@ -148,7 +167,9 @@ def _read_local(path: Path, name: str, split: str) -> Sourced:
             found = " or ".join(sorted(splits))
             raise DataError(f"{name}: need the split {split!r}, got one file, read as {found}")
         return _read_file(path, path.name)
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    # a link that leads nowhere stands for a file that is missed
+    paths = (p for p in path.rglob("*") if p.is_file() or p.is_symlink())
+    files = sorted(p for p in paths if p.name.endswith(SUFFIXES))
     if not files:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "an empty folder"
         raise DataError(f"{name}: need {', '.join(SUFFIXES)} files in the folder, got {found}")
@@ -196,10 +217,11 @@ def read_rows(name: str | Path, config_name: str | None, split: str) -> Sourced:
     """
     if not str(name):
         raise DataError("need a path or a hub id, got an empty name")
-    path, label = Path(name).expanduser(), str(name)
+    label = str(name)
     try:
+        path = Path(name).expanduser()
         local = path.exists()
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a home that nobody has
         raise DataError(f"{label!r}: need a path or a hub id, got {error}") from error
     if local:
         return _read_local(path, label, split)

@@ -9,13 +9,14 @@ preference columns (trained on `chosen`) that a row has. Text is a string or a l
 
 import json
 import logging
-import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
 
 from fastpref.data.files import DataError, Sourced, numbered, read_rows
 
@@ -29,6 +30,7 @@ _NEEDED = {
     "preference": "chosen and rejected (prompt beside them, or implicit in both)",
     "sft": "messages, prompt and completion, text, or chosen and rejected",
 }
+_MOST = float(np.finfo(np.float32).max)
 _logger = logging.getLogger(__name__)
 
 
@@ -176,6 +178,7 @@ def _options(row: Mapping[str, Any], source: str) -> tuple[list[Any] | None, dic
             tools = json.loads(tools)
         except ValueError as error:
             raise DataError(f"{source}: tools: need JSON, got {error}") from error
+        _clean(tools, source, "tools")  # JSON's escapes may spell what is no text
     kwargs = _clean(row.get("chat_template_kwargs"), source, "chat_template_kwargs")
     if not isinstance(tools, list | None):
         raise DataError(f"{source}: tools: need a list, got {type(tools).__name__}")
@@ -186,13 +189,8 @@ def _options(row: Mapping[str, Any], source: str) -> tuple[list[Any] | None, dic
 
 
 def _number(value: Any) -> float | None:
-    if not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    """A number that is finite in fp32, in which a batch holds it."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= _MOST else None
 
 
 def _example(row: Any, kind: Kind, source: str, number: int, turn_marker: str) -> Example | str:
@@ -245,7 +243,7 @@ def _same_extras(examples: list[Example], name: str) -> list[Example]:
         return examples
     lacking = ", ".join(sorted(partial))
     warnings.warn(
-        f"{name}: columns left out because some rows have no finite number there: {lacking}",
+        f"{name}: columns left out because some rows have no finite fp32 number there: {lacking}",
         stacklevel=4,
     )
     return [

@@ -138,6 +138,8 @@ class TrainConfig:
     """Project of the run in wandb and trackio; None: WANDB_PROJECT, else fastpref."""
     run_name: str | None = None
     """The run's name in trackers and reports; None: the name of output_dir."""
+    report: bool = True
+    """Write report.html into output_dir at the end."""
     disable_tqdm: bool | None = None
     """Plain lines instead of a progress bar on a terminal."""
     local_rank: int = -1

@@ -330,7 +330,11 @@ class Trainer:
         step = self.state.step
         if step and self.saved != step:
             self.save()
-        where = f"saved in {checkpoint.path_of(self.run, step)}" if step else "nothing new to save"
+        where = (
+            f"saved in {checkpoint.path_of(self.run, step)}"
+            if step
+            else "no step to save; reference scores are kept"
+        )
         raise Stopped(f"stopped by {self.stop.signal} after step {step}, {where}")
 
     def write(self, row: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from fastpref.models.load import (
     load_model,
     load_tokenizer,
 )
+from fastpref.report.page import write_report
 from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError
@@ -208,6 +209,8 @@ def run_alone(
         if config.load_best_model_at_end and best is not None:
             engine.load_model(checkpoint.path_of(folder, best))
         checkpoint.publish(folder, engine, tokenizer)
+    if config.report:
+        write_report([folder], folder / "report.html")
     return Result(policy, tokenizer, metrics, trainer.state.step, folder)
 
 

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback
 from fastpref.train.config import ConfigError, TrainConfig, tracker_names
 
 STEP = "train/global_step"
 SAMPLES = "eval/samples"
+KINDS = ("train", "samples", "eval")  # in the order in which a step sends them
 FINISH_SECONDS = 300  # the final model is worth more than a dashboard that cannot be reached
 
 
@@ -53,6 +55,13 @@ def grouped(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def kind_of(values: dict[str, Any]) -> str:
+    """Which of KINDS was sent under these names."""
+    if SAMPLES in values:
+        return "samples"
+    return "eval" if any(name.startswith("eval/") for name in values) else "train"
+
+
 class Tracker(Callback):
     """Shows a run elsewhere: a failure is told once, and the run goes on without the tracker."""
 
@@ -64,14 +73,21 @@ class Tracker(Callback):
         """Open the run, or go on with it after ``step``."""
         raise NotImplementedError
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Pass on a line of metrics.jsonl, its names grouped."""
         raise NotImplementedError
 
     def show(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Pass on sampled completions."""
         raise NotImplementedError
 
     def finish(self, exit_code: int) -> None:
+        """Close the run, which ended as a process with that exit code does."""
         raise NotImplementedError
+
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether a run that goes on finds this there already."""
+        return False
 
     def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
         """Open the tracker.
@@ -84,8 +100,9 @@ class Tracker(Callback):
         self.attempt(step, lambda: self.start(config, run, step), fatal=step == 0)
 
     def on_log(self, step: int, row: dict[str, Any]) -> None:
-        kind = "eval" if any(name.startswith("eval_") for name in row) else "train"
-        self.send(kind, step, lambda: self.log(step, grouped(row)))
+        values = grouped(row)
+        kind = kind_of(values)
+        self.send(kind, step, lambda: self.log(kind, step, values))
 
     def on_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         if samples:
@@ -99,8 +116,7 @@ class Tracker(Callback):
             self.attempt(None, lambda: self.finish(code))
 
     def send(self, kind: str, step: int, call: Callable[[], None]) -> None:
-        """Pass on what is of that kind (train, eval, samples) and step."""
-        if not self.failed:
+        if not self.failed and not self.holds(kind, step):
             self.attempt(step, call)
 
     def attempt(self, step: int | None, call: Callable[[], None], *, fatal: bool = False) -> None:
@@ -141,7 +157,7 @@ class TensorBoard(Tracker):
         settings = json.dumps(dataclasses.asdict(config), indent=2)
         self.writer.add_text("args", as_code(settings), step)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -167,41 +183,19 @@ def as_code(text: str) -> str:
 class Service(Tracker):
     """A tracker that cannot take back a point.
 
-    The run's folder keeps its run's id there, and the last step that was sent of each kind, so
-    that a resumed run goes on with the same one and sends nothing twice.
+    The run's folder keeps the id that the run has there, so that a resumed run goes on with it.
+    What arrived before a crash only the service knows: a killed process loses what was queued.
     """
 
-    def on_start(self, config: TrainConfig, run: Path, step: int) -> None:
-        self.path = run / "trackers" / f"{self.name}.json"
-        self.id: str | None = None
-        self.sent: dict[str, int] = {}
-        super().on_start(config, run, step)
-
     def start(self, config: TrainConfig, run: Path, step: int) -> None:
-        if step and self.path.exists():
-            kept = json.loads(self.path.read_text())
-            self.id, self.sent = kept["id"], kept["sent"]
-        self.open(config, config.run_name or run.resolve().name, run)
-        self.remember()
+        path = run / "trackers" / f"{self.name}.id"
+        kept = path.read_text().strip() if step and path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.replace_text(path, self.open(config, run, kept) + "\n")
 
-    def open(self, config: TrainConfig, name: str, run: Path) -> None:
-        """Begin the run ``self.id``, or one that gives ``self.id`` where that is None."""
+    def open(self, config: TrainConfig, run: Path, kept: str | None) -> str:
+        """Go on with the run whose id was kept, or begin one; returns its id."""
         raise NotImplementedError
-
-    def send(self, kind: str, step: int, call: Callable[[], None]) -> None:
-        def once() -> None:
-            call()
-            self.sent[kind] = step
-            self.remember()
-
-        if step > self.sent.get(kind, -1):
-            super().send(kind, step, once)
-
-    def remember(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"id": self.id, "sent": self.sent}) + "\n")
-        partial.replace(self.path)
 
 
 class WandB(Service):
@@ -220,32 +214,41 @@ class WandB(Service):
                     f"report_to wandb needs a login ({error}); WANDB_MODE=offline needs none"
                 ) from error
 
-    def open(self, config: TrainConfig, name: str, run: Path) -> None:
-        self.begun_here = self.wandb.run is None  # else it is the caller's, who finishes it
+    def open(self, config: TrainConfig, run: Path, kept: str | None) -> str:
+        environment = os.environ.get
         seconds = self.settings.finish_timeout or FINISH_SECONDS
+        self.own = self.wandb.run is None  # else it is the caller's, who finishes it
         self.run = self.wandb.run or self.wandb.init(
-            id=self.id,
+            id=kept,
             resume="allow",
-            project=config.project or os.environ.get("WANDB_PROJECT") or "fastpref",
-            name=config.run_name or os.environ.get("WANDB_NAME") or name,
-            dir=os.environ.get("WANDB_DIR") or run,
+            project=config.project or environment("WANDB_PROJECT") or "fastpref",
+            name=config.run_name or environment("WANDB_NAME") or run.resolve().name,
+            dir=environment("WANDB_DIR") or run,
             settings=self.wandb.Settings(finish_timeout=seconds),
         )
-        self.id = self.run.id
         self.run.config.update(dataclasses.asdict(config), allow_val_change=True)
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
+        return str(self.run.id)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        self.run.log({**values, STEP: step})
+    def holds(self, kind: str, step: int) -> bool:
+        return self.own and self.place(kind, step) < self.run.starting_step
+
+    def place(self, kind: str, step: int) -> int:
+        """wandb's own step: a row for each kind, so that the last one held tells what arrived."""
+        return len(KINDS) * step + KINDS.index(kind)
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        place = self.place(kind, step) if self.own else None
+        self.run.log({**values, STEP: step}, step=place, commit=True)
 
     def show(self, step: int, samples: list[dict[str, Any]]) -> None:
         columns = list(samples[0])
         rows = [list(sample.values()) for sample in samples]
-        self.log(step, {SAMPLES: self.wandb.Table(columns=columns, data=rows)})
+        self.log("samples", step, {SAMPLES: self.wandb.Table(columns=columns, data=rows)})
 
     def finish(self, exit_code: int) -> None:
-        if self.begun_here:
+        if self.own:
             self.run.finish(exit_code=exit_code)
 
 
@@ -257,22 +260,29 @@ class Trackio(Service):
     def __init__(self) -> None:
         self.trackio = library("trackio", self.name)
 
-    def open(self, config: TrainConfig, name: str, run: Path) -> None:
+    def open(self, config: TrainConfig, run: Path, kept: str | None) -> str:
+        project, name = config.project or "fastpref", config.run_name or run.resolve().name
         self.run = self.trackio.init(
-            project=config.project or "fastpref",
+            project=project,
             name=name,
             config=dataclasses.asdict(config),
-            resume="allow" if self.id else "never",
+            resume="allow" if kept else "never",
             embed=False,
         )
         # it resumes by name, and another run may have taken this one's since
-        self.id = self.run.id = self.id or self.run.id
+        self.run.id = kept or self.run.id
+        stored = self.trackio.SQLiteStorage.get_logs(project, name, run_id=kept) if kept else []
+        self.held = {(kind_of(row), row["step"]) for row in stored}
+        return str(self.run.id)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def holds(self, kind: str, step: int) -> bool:
+        return (kind, step) in self.held
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self.run.log({**values, STEP: step}, step=step)
 
     def show(self, step: int, samples: list[dict[str, Any]]) -> None:
-        self.log(step, {SAMPLES: self.trackio.Table(data=samples)})
+        self.log("samples", step, {SAMPLES: self.trackio.Table(data=samples)})
 
     def finish(self, exit_code: int) -> None:
         self.trackio.finish()

@@ -132,6 +132,13 @@ def test_files_without_a_split_are_train(tmp_path):
         assert len(load_examples(both, "preference", split=split)[0]) == 1
 
 
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path):
+    write(tmp_path / "a.jsonl", [PAIR])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"^b.jsonl: need a readable file, got FileNotFoundError"):
+        load_examples(tmp_path, "preference")
+
+
 def test_names_that_are_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("x")
@@ -144,6 +151,7 @@ def test_names_that_are_nothing(tmp_path):
         ("./nowhere", "need an existing path or a hub id"),
         ("a\0b", "need an existing path or a hub id"),
         ("a" * 5000, "need (a path or a hub id|a data set)"),
+        ("~nobody-of-this-name/a.jsonl", "^'~nobody-of-this-name/a.jsonl': need a path"),
     ]:
         with pytest.raises(DataError, match=message):
             load_examples(name, "sft")
@@ -225,12 +233,39 @@ def test_broken_files_stop_the_run(tmp_path):
         "last.json", json.dumps([PAIR]).encode()[:-1] + b",]", r"^last.json:1: need a row after ,"
     )
     stops("bad.json", b'[\n"\xff"]', r"^bad.json:2: need UTF-8")
+    stops("bom.json", b'\xef\xbb\xbf[\n"\xff"]', r"^bom.json:2: need UTF-8")
     stops("bad.parquet", b"PAR1 no", r"^bad.parquet\[0\]: need a readable parquet file")
     stops("empty.jsonl", b"\n", r"empty.jsonl: need at least one row, got none")
     twice = pa.table([["a"], ["b"]], names=["chosen", "chosen"])
     pq.write_table(twice, tmp_path / "twice.parquet")
     with pytest.raises(DataError, match="each column once, got chosen, chosen"):
         load_examples(tmp_path / "twice.parquet", "preference")
+
+
+def test_a_parquet_row_that_python_cannot_hold_is_named_or_skipped(tmp_path):
+    texts = pa.array([b" a", b" b", b"\xff", b" d"])
+    chosen = pa.Array.from_buffers(pa.string(), 4, texts.buffers())
+    pq.write_table(pa.table({"chosen": chosen, "rejected": [" c"] * 4}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"^a.parquet\[2\]: .* got UnicodeDecodeError"):
+        load_examples(tmp_path / "a.parquet", "preference")
+    with pytest.warns(UserWarning, match=r"^1 bad rows skipped; first: a.parquet\[2\]: "):
+        examples, _ = load_examples(tmp_path / "a.parquet", "preference", skip_bad_rows=True)
+    assert [(e.row, e.completions[0]) for e in examples] == [(0, " a"), (1, " b"), (3, " d")]
+    twice = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    pq.write_table(pa.table({"chosen": ["a"], "tools": twice}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"^b.parquet\[0\]: .* got ValueError: .*duplicate field"):
+        load_examples(tmp_path / "b.parquet", "preference")
+
+
+def test_rows_that_a_parquet_file_lost(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([PAIR] * 50), path)
+    raw, count = path.read_bytes(), b"\x16" + bytes([2 * 50])  # thrift's mark of an i64, zigzag 50
+    at = raw.rindex(count)  # the row group's; the whole file's stands before it
+    path.write_bytes(raw[:at] + b"\x16" + bytes([2 * 40]) + raw[at + 2 :])
+    assert pq.ParquetFile(path).metadata.row_group(0).num_rows == 40
+    with pytest.raises(DataError, match=r"^a.parquet: need the 50 rows of its footer, got 40"):
+        load_examples(path, "preference", skip_bad_rows=True)
 
 
 # --- columns
@@ -327,6 +362,7 @@ def test_options_and_extras():
     assert example.tools == [tool]
     assert example.template_kwargs == {"enable_thinking": False}
     assert "tools: need JSON" in fault({**row, "tools": "add"})
+    assert "tools: need text, got" in fault({**row, "tools": '[{"name": "\\ud800"}]'})
     assert "tools: need a list, got dict" in fault({**row, "tools": tool})
     assert "chat_template_kwargs: need an object" in fault({**row, "chat_template_kwargs": [1]})
 
@@ -334,7 +370,8 @@ def test_options_and_extras():
 def test_extras_that_some_rows_lack_are_left_out():
     rows = [{**PAIR, "a": 1, "b": 2}, {**PAIR, "a": 3, "b": None}, {**PAIR, "a": 4, "c": 10**400}]
     rows = [{**row, "d": number} for row, number in zip(rows, (1, float("nan"), 1), strict=True)]
-    with pytest.warns(UserWarning, match=r"no finite number there: b, d$"):
+    rows = [{**row, "e": number} for row, number in zip(rows, (1, -1e39, 1), strict=True)]
+    with pytest.warns(UserWarning, match=r"no finite fp32 number there: b, d, e$"):
         examples, _ = to_examples(rows, "preference")
     assert [e.extras for e in examples] == [{"a": 1.0}, {"a": 3.0}, {"a": 4.0}]
 

@@ -30,6 +30,7 @@ def options(folder, **more):
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_strategy": "no",
+        "report": False,
         "gradient_checkpointing": False,
         "use_cpu": True,
         "seed": 11,

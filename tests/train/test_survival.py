@@ -66,6 +66,7 @@ def options(model, files):
             "lr_scheduler_type": "cosine",
             "resume": "auto",
             "use_cpu": True,
+            "report": False,
         } | more
 
     return make
