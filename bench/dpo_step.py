@@ -126,7 +126,7 @@ class Run:
 
 
 def train_fastpref(model, tokenizer, rows, options, on_step):
-    from fastpref.train.loop import Callback
+    from fastpref.train.callbacks import Callback
     from fastpref.train.run import dpo
 
     class Pace(Callback):

@@ -126,8 +126,6 @@ class Trainer:
             self.steps()
         finally:
             self.display.close()
-            for callback in self.callbacks:
-                callback.on_end()
         return self.file.last()
 
     def load(self, folder: Path) -> None:

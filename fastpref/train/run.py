@@ -200,17 +200,21 @@ def run_alone(
     if resume is not None:  # a changed run is refused before a file of it is touched
         checkpoint.load_state(resume, trainer.shape())
     checkpoint.replace_text(folder / "run.yaml", recipe(config))
-    with trainer.stop:
-        prepare_reference(trainer)
-        if config.gradient_checkpointing:
-            checkpoint_activations(policy.model)
-        metrics = trainer.train(resume)
-        best = trainer.state.best_step
-        if config.load_best_model_at_end and best is not None:
-            engine.load_model(checkpoint.path_of(folder, best))
-        checkpoint.publish(folder, engine, tokenizer)
-    if config.report:
-        write_report([folder], folder / "report.html")
+    try:
+        with trainer.stop:
+            prepare_reference(trainer)
+            if config.gradient_checkpointing:
+                checkpoint_activations(policy.model)
+            metrics = trainer.train(resume)
+            best = trainer.state.best_step
+            if config.load_best_model_at_end and best is not None:
+                engine.load_model(checkpoint.path_of(folder, best))
+            checkpoint.publish(folder, engine, tokenizer)
+        if config.report:
+            write_report([folder], folder / "report.html")
+    finally:
+        for callback in callbacks:  # last: a tracker may take its time
+            callback.on_end()
     return Result(policy, tokenizer, metrics, trainer.state.step, folder)
 
 
