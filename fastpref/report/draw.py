@@ -161,9 +161,9 @@ def canvas(name: str) -> Iterator[tuple[Any, Any]]:
 def as_svg(figure: Any, name: str) -> str:
     """The figure as an element of a page: no ids but those it refers to, no fonts, no sizes."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(out, format="svg")
     svg = out.getvalue()
-    svg = svg[svg.index("<g id=") :]  # what stands before is the prolog and a style for all pages
+    svg = svg[svg.index("<g id=") :]  # before it: prolog, date, a style that would reach the page
     svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
     svg = re.sub(r"font-size: [^;]*; font-family: [^;]*;", "", svg)
     svg = re.sub(r" d=\"[^\"]*\"", lambda match: shortened(match.group()), svg)

@@ -167,11 +167,11 @@ def test_the_page_needs_nothing_else(hostile, make_quickstart, tmp_path):
     path = write_report([hostile, make_quickstart()], tmp_path / "page.html")
     assert "://" not in path.read_text(encoding="utf-8")
     page = Page(path)
+    assert page.all("link") == [{"rel": "icon", "href": "data:,"}]  # or a browser asks for one
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids)) > 20
     for tag, attrs in page.elements:
         assert "src" not in attrs
-        assert tag != "link" or attrs["href"] == "data:,"
         for name in ("href", "xlink:href"):
             if name in attrs and tag != "link":
                 assert attrs[name].removeprefix("#") in ids
@@ -214,7 +214,7 @@ def test_contrast():
 def test_the_same_runs_give_the_same_bytes(hostile, make_quickstart, tmp_path):
     runs = [hostile, make_quickstart()]
     first = write_report(runs, tmp_path / "1.html").read_bytes()
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):  # a user's own style
+    with matplotlib.rc_context({"xtick.labelsize": 30, "axes.xmargin": 0.4}):  # a user's own style
         assert write_report(runs, tmp_path / "2.html").read_bytes() == first
     code = (
         "import sys, pathlib; from fastpref.report.page import write_report\n"
