@@ -1,7 +1,7 @@
 """A DPO step against TRL's DPOTrainer: same model, rows, order and options, in the same run.
 
-``OMP_NUM_THREADS=2 pytest bench/bench_dpo_step.py --out bench/results`` on an idle machine. The
-losses are compared first: nothing is timed that does not compute the same.
+``OMP_NUM_THREADS=2 pytest bench/bench_dpo_step.py --out bench/results`` on an idle machine. Losses
+are compared step by step: no row is written of a run that computed something else.
 """
 
 import pytest
@@ -70,9 +70,9 @@ def test_dpo_step(benchmark, prepared, finished, out, provider, capsys):
     if "fastpref" in finished:
         row |= differences(finished["fastpref"][1], end["log"])
     finished[provider] = row, end["log"]
+    assert provider == "fastpref" or row.get("loss_difference", 1) < 1e-4, "not the same losses"
     with capsys.disabled():
         write(row | end["facts"], out)
-    assert row.get("loss_difference", 0) < 1e-4
 
 
 @pytest.mark.parametrize("peer", TARGETS)

@@ -52,9 +52,6 @@ class Case:
         }
 
 
-# --- the measuring process
-
-
 def prepare(case, folder):
     """Write model, tokenizer, rows and options; returns the name of the data."""
     data, rows = pairs(case.pairs * case.steps)
@@ -120,9 +117,6 @@ class Run:
         if self.process.wait():
             raise RuntimeError(f"{self.provider} ended with {self.process.returncode}")
         return json.loads(last)
-
-
-# --- the process of one provider
 
 
 def train_fastpref(model, tokenizer, rows, options, on_step):

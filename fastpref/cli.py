@@ -66,6 +66,7 @@ def run_command(command: str, args: list[str]) -> int:
     from fastpref.models.tiny import TinyConfig, make_tiny
     from fastpref.quickstart import QuickstartConfig, quickstart
     from fastpref.train.config import DPOConfig, SFTConfig
+    from fastpref.train.console import tell
     from fastpref.train.guard import Stopped
     from fastpref.train.run import dpo, sft
 
@@ -80,10 +81,10 @@ def run_command(command: str, args: list[str]) -> int:
     config = parse(command, config_class, args)
     try:
         action(config)
-    except Stopped as stop:
+    except Stopped:
         again = args if getattr(config, "resume", "auto") == "auto" else [*args, "--resume", "auto"]
         line = shlex.join(["fastpref", command, *again])
-        print(f"fastpref: {stop}; go on with: {line}", file=sys.stderr)
+        tell(f"fastpref: go on with: {line}")
     return 0
 
 

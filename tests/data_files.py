@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from fastpref.models.tiny import CHAT_TEMPLATE
 
-# --- sound rows
-
 TEXTS = [
     "Why?",
     " Because.",
@@ -76,8 +74,6 @@ OTHER_COLUMNS = [
     {"tools": json.dumps([TOOL]), "row": 7, "ref_logp": "x"},
 ]
 
-# --- broken rows
-
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
 trees = st.recursive(
     scalars,
@@ -126,9 +122,6 @@ def broken_row(draw, row):
         "tree": {**row, column: draw(trees)} if how == "tree" else None,
         "replace": draw(trees) if how == "replace" else None,
     }[how]
-
-
-# --- files
 
 
 def invalid_text(n):

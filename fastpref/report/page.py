@@ -157,12 +157,13 @@ def headline(runs: Sequence[Run]) -> Table:
         ]
         rows.append((name, unit, cells))
     add("Steps", "", [max((c[-1][0] for c in run.curves.values()), default=None) for run in runs])
+    add("Best step, whose model was kept", "", [run.best_step for run in runs])
     mixed = len({run.loss_name for run in runs}) > 1
     for name, unit, metric in FINAL:
         unit = "each run's own" if mixed and metric == "loss" else unit
         evaluated = any(f"eval_{metric}" in run.curves for run in runs)
         if evaluated:
-            add(f"{name}, evaluation", unit, [run.last(f"eval_{metric}") for run in runs])
+            add(f"{name}, evaluation", unit, [run.at_end(f"eval_{metric}") for run in runs])
         if metric == "loss" or not evaluated:
             add(f"{name}, training", unit, [run.last(metric) for run in runs])
     add("Speed, median", "tokens/s", over(runs, "tokens_per_second", statistics.median))

@@ -42,7 +42,7 @@ TOKEN_LOSS = Plot("Loss", "nats per token", one("loss"), LOWER)
 PAIR_LOSS = Plot("Loss", "per pair", one("loss"), LOWER)
 SIGMOID_LOSS = Plot(
     *("Loss", "per pair", one("loss")),
-    f"{LOWER} It starts at ln 2 = 0.693, where no preference is known.",
+    f"{LOWER} The sigmoid loss starts at ln 2 = 0.693, where no preference is known.",
 )
 LEARNING = (
     Plot(

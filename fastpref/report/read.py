@@ -47,6 +47,8 @@ class Run:
     curves: dict[str, Curve]
     samples: tuple[Sample, ...] = ()
     outcome: Outcome | None = None
+    best_step: int | None = None
+    """The step whose model the run ended with, where it was not the last one's."""
 
     @property
     def loss_name(self) -> str:
@@ -58,6 +60,11 @@ class Run:
 
     def last(self, name: str) -> float | None:
         return self.curves[name][-1][1] if name in self.curves else None
+
+    def at_end(self, name: str) -> float | None:
+        """The value of the model that the run ended with: the best one's, if that was loaded."""
+        values = dict(self.curves.get(name, []))
+        return values.get(self.best_step, self.last(name)) if self.best_step else self.last(name)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,18 @@ def read_run(place: Path) -> Run:
     config = read_config(place / "run.yaml")
     name = str(config.get("run_name") or place.name)
     samples = read_samples(place / "samples.jsonl")
-    return Run(name, place, config, read_curves(place / "metrics.jsonl"), samples)
+    curves = read_curves(place / "metrics.jsonl")
+    return Run(name, place, config, curves, samples, best_step=read_best_step(place, config))
+
+
+def read_best_step(place: Path, config: dict[str, Any]) -> int | None:
+    """The best step that the newest checkpoint knows of, if the run loads the best at its end."""
+    states = list(place.glob("checkpoint-*/trainer_state.json"))
+    if not config.get("load_best_model_at_end") or not states:
+        return None
+    newest = max(map(parsed, states), key=lambda state: int(state.get("step", 0)))
+    step = newest.get("best_step")
+    return step if isinstance(step, int) else None
 
 
 def read_quickstart(place: Path) -> Quickstart:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fastpref.train.console import tell
 from fastpref.train.engine import STATE as ENGINE_STATE
 from fastpref.train.engine import Engine
 
@@ -32,6 +32,8 @@ class TrainerState:
     """The last step after which there was an evaluation."""
     best_metric: float | None = None
     best_step: int | None = None
+    best_by: str = ""
+    """The metric that was best, and whether lower or higher is better."""
     sums: dict[str, list[float]] = field(default_factory=dict)
     """Sums and counts since the last log line."""
     lines: dict[str, int] = field(default_factory=dict)
@@ -77,14 +79,33 @@ def save(
             engine.save_state(folder)
         tokenizer.save_pretrained(folder)
         state.files = {name: list(checksum(folder / name)) for name in names_in(folder)}
-        (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        (folder / STATE).write_text(text_of(state))
 
     partial = staged(run / f".{final.name}.partial", fill)
+    old = run / f".{final.name}.old"
     if final.exists():
-        remove(final)
+        final.rename(old)
     partial.rename(final)
     sync(run)
+    shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def update(run: Path, state: TrainerState) -> Path:
+    """Write the state anew into the checkpoint of its step, whose other files are as they were."""
+    final = path_of(run, state.step)
+    replace_text(final / STATE, text_of(state))
+    return final
+
+
+def text_of(state: TrainerState) -> str:
+    """A state as JSON, with the CRC-32 of its other fields."""
+    fields = asdict(state)
+    return json.dumps(fields | {"crc32": code_of(fields)}, indent=2) + "\n"
+
+
+def code_of(fields: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def publish(run: Path, engine: Engine, tokenizer: Any) -> None:
@@ -116,6 +137,8 @@ def staged(folder: Path, fill: Callable[[Path], None]) -> Path:
         folder.mkdir(parents=True)
         fill(folder)
         for path in (*folder.rglob("*"), folder):
+            if path.is_file():  # safetensors leaves its files to their owner alone
+                path.chmod(folder.stat().st_mode & 0o666)
             sync(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
         shutil.rmtree(folder, ignore_errors=True)
@@ -172,7 +195,9 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
+    sync(partial)
     partial.replace(path)
+    sync(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -198,6 +223,12 @@ def prune(run: Path, limit: int | None, best_step: int | None) -> None:
 
 def sweep(run: Path, step: int) -> None:
     """Delete what a killed run left half-done; set checkpoints after ``step`` aside."""
+    for old in run.glob(".checkpoint-*.old"):
+        final = run / old.name.removeprefix(".").removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
     for pattern in (".*.partial", ".checkpoint-*.deleted"):
         for path in run.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -216,15 +247,25 @@ def find(run: Path, resume: str | None) -> Path | None:
             those to come would be mixed with.
     """
     found = complete(run)
+    begun = bool(found) or (run / "metrics.jsonl").exists()
     if resume == "auto":
+        if not found and begun and (run / "config.json").exists():
+            raise CheckpointError(
+                f"{run} holds a finished run without a checkpoint to go on from: give another "
+                "output_dir"
+            )
         return newest_whole(run)
     if resume is None:
-        if found or (run / "metrics.jsonl").exists():
+        if begun:
             raise CheckpointError(
                 f"{run} holds a run already: go on with --resume auto, or give another output_dir"
             )
         return None
     path = Path(resume)
+    if begun and path.resolve().parent != run.resolve():
+        raise CheckpointError(
+            f"{run} holds a run already: give another output_dir to go on from {path}"
+        )
     if not (path / STATE).exists():
         raise CheckpointError(f"need a complete checkpoint to resume from, got {path}")
     if problem := unfit(path):
@@ -252,7 +293,7 @@ def newest_whole(run: Path) -> Path | None:
         problem = unfit(path)
         if problem is None:
             for line in problems:
-                print(f"{line}: going on from {path.name}", file=sys.stderr, flush=True)
+                tell(f"{line}: going on from {path.name}")
             return path
         problems.append(f"{path} {problem}")
     if problems:
@@ -277,9 +318,14 @@ def read_state(folder: Path) -> TrainerState:
         CheckpointError: the file is damaged.
     """
     try:
-        return TrainerState(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        fields = json.loads((folder / STATE).read_text())
+        code = fields.pop("crc32")
+        state = TrainerState(**fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / STATE} is not a trainer state: {error}") from error
+    if code != code_of(fields):
+        raise CheckpointError(f"{folder / STATE} is not what was written (CRC-32)")
+    return state
 
 
 def load_state(folder: Path, shape: dict[str, Any]) -> TrainerState:

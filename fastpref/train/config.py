@@ -157,6 +157,9 @@ class TrainConfig:
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed")
         at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon", "eval_samples")
+        for key in ("adam_beta1", "adam_beta2"):
+            if getattr(self, key) >= 1:
+                raise ConfigError(f"need {key} below 1, got {getattr(self, key)}")
         if self.seed >= 2**32:
             raise ConfigError(f"need a seed below 2**32, got {self.seed}")
         for key in ("logging_steps", "eval_steps", "save_steps"):
@@ -232,6 +235,8 @@ class DPOConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        if self.reference_cache and not self.precompute_ref_log_probs:
+            raise ConfigError("need precompute_ref_log_probs for a reference_cache, got it off")
         for name in self.loss_types():
             if name not in LOSSES:
                 raise ConfigError(unknown("loss_type", name, LOSSES))

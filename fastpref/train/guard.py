@@ -6,16 +6,18 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fastpref.train.checkpoint import CheckpointError
+from fastpref.train.console import tell
 
 LOCK = ".lock"
+WAIT = 0.2  # seconds between two tries
 
 
 class DivergedError(ArithmeticError):
@@ -61,7 +63,8 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self.signal = self.signal or signal.Signals(number).name
         line = f"{signal.Signals(number).name}: saving at the next step, then stopping"
         line += "; Ctrl-C again stops at once\n" if number == signal.SIGINT else "\n"
-        os.write(2, line.encode())  # print may be the very call that was interrupted
+        with contextlib.suppress(OSError):  # whoever read it may have had the same Ctrl-C
+            os.write(2, line.encode())  # print may be the very call that was interrupted
 
 
 @contextlib.contextmanager
@@ -72,21 +75,32 @@ def only_writer(folder: Path) -> Iterator[None]:
         CheckpointError: another process writes there.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK, f"need {folder} for one run alone, got a second one"):
-        yield
-    if made and not any(folder.iterdir()):
-        folder.rmdir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"need an output_dir that can be made, got {error}") from error
+    try:
+        with locked(folder / LOCK, refusal=f"need {folder} for one run alone, got a second one"):
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # a run has left something in it
+                folder.rmdir()
 
 
 @contextlib.contextmanager
-def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+def locked(
+    path: Path, *, refusal: str | None = None, while_waiting: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Hold ``path`` as a lock: wait for it, or raise ``refusal`` where another holds it.
+
+    Args:
+        while_waiting: called between two tries; what it raises ends the wait.
 
     Raises:
         CheckpointError: the refusal, with who holds it; or the file system has no locks.
     """
-    handle = acquire(path, refusal)
+    handle = acquire(path, refusal, while_waiting)
     try:
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -96,31 +110,46 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
         os.close(handle)
 
 
-def acquire(path: Path, refusal: str | None) -> int:
+def acquire(path: Path, refusal: str | None, while_waiting: Callable[[], None]) -> int:
     """The descriptor of the lock file, locked."""
+    told = False
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            lock(handle, path, refusal)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            holder = try_lock(handle, path)
+            if holder is None and is_still(path, handle):
                 return handle
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its last holder has just deleted it
+        os.close(handle)
+        if holder is None:
+            continue  # its last holder has just deleted it
+        if refusal:
+            raise CheckpointError(f"{refusal}: {holder} writes there")
+        if not told:
+            tell(f"waiting for {holder}, which holds {path}")
+            told = True
+        time.sleep(WAIT)
+        while_waiting()
 
 
-def lock(handle: int, path: Path, refusal: str | None) -> None:
+def try_lock(handle: int, path: Path) -> str | None:
+    """Lock the file, or say who holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(handle, 200).decode(errors="replace") or "another process"
-        if refusal:
-            raise CheckpointError(f"{refusal}: {holder} writes there") from error
-        print(f"waiting for {holder}, which holds {path}", file=sys.stderr, flush=True)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    except BlockingIOError:
+        return os.read(handle, 200).decode(errors="replace") or "another process"
     except OSError as error:
         raise CheckpointError(f"need a file system with locks for {path}, got {error}") from error
+    return None
+
+
+def is_still(path: Path, handle: int) -> bool:
+    """Whether the open file is the one that lies there."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
 
 
 def check_room(folder: Path, *, checkpoints: int, checkpoint: int, model: int) -> None:

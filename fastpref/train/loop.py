@@ -19,10 +19,11 @@ from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError, TrainerState
 from fastpref.train.config import ConfigError, TrainConfig, unknown
+from fastpref.train.console import Display
 from fastpref.train.engine import Engine, OptimizerSpec
 from fastpref.train.guard import DivergedError, Stopped, StopRequest, check_room
-from fastpref.train.metrics import Display, JsonLines, MetricSums, peak_memory
-from fastpref.train.reference import hash_groups, with_reference
+from fastpref.train.metrics import JsonLines, MetricSums, peak_memory
+from fastpref.train.reference import hash_groups, hash_weights, with_reference
 from fastpref.train.schedule import Plan, eval_strategy, moments
 
 # keys that shape the steps; others, such as when to log, may change when a run goes on
@@ -55,14 +56,20 @@ class Trainer:
         config = self.config
         self.plan = Plan.of(config, len(self.train_groups), self.engine.world_size)
         self.counts = [self.method.count(group) for group in self.train_groups]
-        self.state = TrainerState(shape=self.shape(), eval_data=described(self.eval_groups))
+        name, higher = self.best_by()
+        self.state = TrainerState(
+            shape=self.shape(),
+            eval_data=described(self.eval_groups),
+            best_by=f"{name}, {'higher' if higher else 'lower'} is better",
+        )
         self.saved = -1  # the step of the newest checkpoint that holds all of the state
         self.sums = MetricSums()
         self.unseen: list[tuple[str, int, list[Group], torch.Tensor]] = []
         """Name, step, groups and value of what has not been looked at yet."""
         self.file = JsonLines(self.run / "metrics.jsonl")
         self.samples = JsonLines(self.run / "samples.jsonl")
-        total = self.plan.total_steps
+        total, title = self.plan.total_steps, type(self.method).__name__
+        self.display = Display(title, total, plain=bool(config.disable_tqdm))
         self.log_every = config.every("logging_steps", total)
         self.save_at = moments(config, self.plan, config.save_strategy, "save_steps")
         self.check_metric(config.metric_for_best_model)
@@ -89,6 +96,10 @@ class Trainer:
         """What the steps depend on: a resumed run must agree with it."""
         config = dataclasses.asdict(self.config)
         kept = {name: config[name] for name in STEP_KEYS if name in config}
+        if self.method.needs_reference:  # the model as it came; a run goes on from the same
+            kept["reference model"] = f"sha256 {hash_weights(self.engine.model)[:16]}"
+        if self.config.lr_scheduler_type != "constant":  # else its curve would break off
+            kept["steps"] = self.plan.total_steps
         return kept | {
             "groups_per_step": self.plan.per_step,
             "training data": described(self.train_groups),
@@ -112,8 +123,7 @@ class Trainer:
             file.keep(self.state.lines.get(file.path.name, 0) if own else 0)
         self.check_room()
         total = self.plan.total_steps
-        title = type(self.method).__name__
-        self.display = Display(title, total, self.state.step, plain=bool(self.config.disable_tqdm))
+        self.display.start(self.state.step)
         try:
             for callback in self.callbacks:
                 callback.on_start(self.config, self.run, self.state.step)
@@ -130,20 +140,41 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""
-        now = self.state.eval_data
-        self.state = checkpoint.load_state(folder, self.shape())
+        now = self.state
+        self.state = checkpoint.load_state(folder, now.shape)
         self.saved = self.state.step
-        best = self.state.best_step
-        elsewhere = best is not None and not checkpoint.path_of(self.run, best).exists()
-        if elsewhere or now != self.state.eval_data:  # no measure for what is to come
-            self.state.best_step = self.state.best_metric = None
-        self.state.eval_data = now
+        self.check_best(now)
+        self.state.eval_data, self.state.best_by = now.eval_data, now.best_by
         try:
             self.engine.load_model(folder)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         self.engine.load_state(folder)
         self.sums.load(self.state.sums)
+
+    def check_best(self, now: TrainerState) -> None:
+        """Forget a best that what is to come cannot be measured against, and say so."""
+        best, was = self.state.best_step, self.state
+        if best is None:
+            return
+        changed = [
+            f"{name} was {old}, is {new}"
+            for name, old, new in (
+                ("the evaluation data", was.eval_data, now.eval_data),
+                ("metric_for_best_model", was.best_by, now.best_by),
+            )
+            if old != new
+        ]
+        if changed and self.config.load_best_model_at_end:
+            raise CheckpointError(
+                f"need the run unchanged to go on with load_best_model_at_end, got "
+                f"{'; '.join(changed)}"
+            )
+        if not checkpoint.path_of(self.run, best).exists():
+            changed.append("its checkpoint is not in this folder")
+        if changed:
+            self.display.say(f"step {best} no longer counts as the best: {'; '.join(changed)}")
+            was.best_step = was.best_metric = None
 
     def check_room(self) -> None:
         """Refuse to start what the disk cannot hold."""
@@ -162,14 +193,16 @@ class Trainer:
             self.check_stop()
             began = time.perf_counter()
             norm, rate = self.step()
-            seconds += time.perf_counter() - began
             step = self.state.step
+            first = step == 1 and self.config.logging_first_step
+            logs = step % self.log_every == 0 or step == total or first
+            if logs:
+                self.check_finite()  # waits for the device, so that its time counts
+            seconds += time.perf_counter() - began
             self.display.step(step)
             for callback in self.callbacks:
                 callback.on_step(step, self.engine)
-            first = step == 1 and self.config.logging_first_step
-            if step % self.log_every == 0 or step == total or first:
-                self.check_finite()
+            if logs:
                 row = {
                     "step": step,
                     "epoch": step / self.plan.steps_per_epoch,
@@ -190,8 +223,8 @@ class Trainer:
         step = self.state.step
         if self.state.evaluated < step and (step in self.eval_at or step == 0):
             self.evaluate(step)
-        if step in self.save_at:
-            self.save(only_model=self.config.save_only_model)
+        if step in self.save_at:  # a stop may have saved all of this step before
+            self.save(only_model=self.config.save_only_model and self.saved != step)
 
     def step(self) -> tuple[torch.Tensor, float]:
         """One optimizer step: the mean loss over all its groups, in micro-batches."""
@@ -297,12 +330,16 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_samples(step, rows)
 
+    def best_by(self) -> tuple[str, bool]:
+        """The metric that tells the best model, and whether higher is better."""
+        name = (self.config.metric_for_best_model or "loss").removeprefix("eval_")
+        higher = self.config.greater_is_better
+        return name, not name.endswith("loss") if higher is None else higher
+
     def note_best(self, step: int, values: dict[str, float]) -> None:
         """Remember the step if its metric is the best so far and a checkpoint of it will be."""
-        name = (self.config.metric_for_best_model or "loss").removeprefix("eval_")
+        name, higher = self.best_by()
         value = values[f"eval_{name}"]
-        higher = self.config.greater_is_better
-        higher = not name.endswith("loss") if higher is None else higher
         best = self.state.best_metric
         better = best is None or (value > best if higher else value < best)
         if step in self.save_at and better and math.isfinite(value):
@@ -312,9 +349,14 @@ class Trainer:
         self.check_finite()
         self.state.sums = self.sums.state()
         self.state.lines = {file.path.name: file.count for file in (self.file, self.samples)}
-        folder = checkpoint.save(
-            self.run, self.engine, self.tokenizer, self.state, only_model=only_model
-        )
+        for file in (self.file, self.samples):
+            file.sync()
+        if self.saved == self.state.step:
+            folder = checkpoint.update(self.run, self.state)
+        else:
+            folder = checkpoint.save(
+                self.run, self.engine, self.tokenizer, self.state, only_model=only_model
+            )
         self.saved = self.saved if only_model else self.state.step
         checkpoint.prune(self.run, self.config.save_total_limit, self.state.best_step)
         for callback in self.callbacks:
@@ -333,7 +375,9 @@ class Trainer:
             if step
             else "no step to save; reference scores are kept"
         )
-        raise Stopped(f"stopped by {self.stop.signal} after step {step}, {where}")
+        message = f"stopped by {self.stop.signal} after step {step}, {where}"
+        self.display.say(message)
+        raise Stopped(message)
 
     def write(self, row: dict[str, Any]) -> None:
         self.file.write(row)

@@ -1,20 +1,17 @@
-"""Sums of metrics, the files of a run's lines, and what a person sees while it goes on."""
+"""Sums of metrics, and the files of a run's lines."""
 
 import contextlib
 import json
 import math
 import resource
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastpref.methods.base import Metrics
-from fastpref.train.checkpoint import replace_text
+from fastpref.train.checkpoint import replace_text, sync
+from fastpref.train.console import tell
 from fastpref.train.engine import Engine
 
 
@@ -25,7 +22,8 @@ class MetricSums:
         self.sums: Metrics = {}
 
     def add(self, metrics: Metrics) -> None:
-        for name, (total, count) in metrics.items():
+        for name, parts in metrics.items():
+            total, count = (part.float() for part in parts)  # as a state brings them back
             old = self.sums.get(name)
             self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
 
@@ -63,10 +61,20 @@ class JsonLines:
 
     def keep(self, count: int) -> None:
         """Drop the lines after the first ``count``, which a resumed run writes again."""
+        kept = self.rows()[:count]
+        if len(kept) < count:
+            tell(
+                f"{self.path} holds {len(kept)} of the {count} lines that the checkpoint knows: "
+                "steps will be missing in it"
+            )
+        self.count = len(kept)
         if self.path.exists():
-            kept = self.rows()[:count]
-            self.count = len(kept)
             replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def sync(self) -> None:
+        """Have the lines on the disk before a checkpoint counts on them."""
+        if self.path.exists():
+            sync(self.path)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every whole line; the last one of a killed run may be torn."""
@@ -95,63 +103,10 @@ def peak_memory(device: torch.device) -> float:
     """The most memory that was in use so far, in GiB: the GPU's, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-class Display:
-    """A progress bar on a terminal, plain lines anywhere else."""
-
-    def __init__(self, title: str, total: int, start: int, *, plain: bool = False) -> None:
-        self.console = Console(file=sys.stderr)
-        self.title = title
-        self.total = total
-        self.began = time.perf_counter()
-        self.start = start
-        self.progress: Progress | None = None
-        if self.console.is_terminal and not plain:
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-            )
-            self.task = self.progress.add_task(title, total=total, completed=start, note="")
-            self.progress.start()
-
-    def step(self, step: int) -> None:
-        if self.progress:
-            self.progress.update(self.task, completed=step)
-
-    def log(self, step: int, row: dict[str, Any]) -> None:
-        """Show a logged line: loss, margin, tokens per second, and on plain lines the time left."""
-        shown = {
-            "loss": row.get("loss"),
-            "margin": row.get("rewards/margins"),
-            "tokens/s": row.get("tokens_per_second"),
-            "eval_loss": row.get("eval_loss"),
-            "eval_accuracy": row.get("eval_rewards/accuracies"),
-        }
-        note = "  ".join(
-            f"{name} {value:.4g}" for name, value in shown.items() if value is not None
-        )
-        if self.progress:
-            if "eval_loss" in row:
-                self.say(f"{self.title} {step}/{self.total}  {note}")
-            else:
-                self.progress.update(self.task, completed=step, note=note)
-            return
-        left = (time.perf_counter() - self.began) / max(1, step - self.start) * (self.total - step)
-        tail = f"  left {left:.0f} s" if step > self.start else ""
-        print(f"{self.title} {step}/{self.total}  {note}{tail}", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        if self.progress:
-            self.progress.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.progress:
-            self.progress.stop()
+    status = Path("/proc/self/status")
+    if not status.exists():  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    # there ru_maxrss starts at what the parent held when it forked
+    lines = status.read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(peak) / 2**20  # from KiB

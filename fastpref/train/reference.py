@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import sys
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,8 +19,9 @@ from fastpref.data.tokenize import Group
 from fastpref.logps import sequence_logp
 from fastpref.models.head import LogpModel
 from fastpref.train.checkpoint import CheckpointError
+from fastpref.train.console import tell
 from fastpref.train.engine import Engine
-from fastpref.train.guard import DivergedError, locked
+from fastpref.train.guard import DivergedError, locked, size
 
 
 @torch.no_grad()
@@ -62,25 +63,35 @@ def precompute(
             tokenizer, template and truncation made of the data. Another key is computed anew.
         batch_size: groups per forward.
         max_tokens: tokens per forward, if groups are to be split by that instead.
-        on_batch: called before each forward; what it raises ends the fill.
+        on_batch: called before each forward and while another run fills; what it raises ends this.
 
     Returns:
         The groups with ``ref_logp`` among their extras: a float per completion, in nats.
 
     Raises:
-        CheckpointError: a file of the folder is damaged.
+        CheckpointError: a file of the folder is damaged or could not be written.
         DivergedError: a score is not finite; names the rows.
     """
     if not groups:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"need a folder for reference log-probs, got {error}") from error
     path = folder / f"{cache_key(engine, model, groups)}.safetensors"
     if not path.exists():
         limit = None if max_tokens else batch_size
         batches = split_groups(groups, max_groups=limit, max_tokens=max_tokens)
-        with locked(path.with_suffix(".lock")):
-            if not path.exists():  # else another run has filled it meanwhile
-                fill(engine, model, batches, path, on_batch)
+        try:
+            with locked(path.with_suffix(".lock"), while_waiting=on_batch):
+                if not path.exists():  # else another run has filled it meanwhile
+                    fill(engine, model, batches, path, on_batch)
+        except (OSError, SafetensorError) as error:
+            free = size(shutil.disk_usage(folder).free)
+            raise CheckpointError(
+                f"could not write reference log-probs to {folder} ({free} free): {error}; those "
+                "that lie there are kept"
+            ) from error
     flat = iter(read(path, sum(len(group.completions) for group in groups)))
     return [
         replace(g, extras={**g.extras, "ref_logp": tuple(next(flat) for _ in g.completions)})
@@ -98,12 +109,12 @@ def fill(
 ) -> None:
     """Score batch after batch, then write ``path``; what a fill before this one did is kept."""
     partial = path.with_suffix(".partial")
-    sizes = [sum(len(group.completions) for group in batch) for batch in batches]
-    parts = whole_parts(partial, sizes)
+    counts = [sum(len(group.completions) for group in batch) for batch in batches]
+    parts = whole_parts(partial, counts)
     left = batches[len(parts) :]
     told = f"reference: scoring {sum(map(len, left))} groups"
     told += f", those of {len(parts)} batches are there" if parts else ""
-    print(told, file=sys.stderr, flush=True)
+    tell(told)
     with partial.open("r+b" if parts else "wb") as file:
         file.truncate(sum(len(part) + 4 for part in parts))
         file.seek(0, os.SEEK_END)
@@ -120,21 +131,23 @@ def fill(
     whole = path.with_suffix(".whole")
     tensor = torch.from_numpy(np.frombuffer(values, "<f4").copy())
     save_file({"ref_logp": tensor}, whole, metadata={"crc32": crc(values).hex()})
+    whole.chmod(partial.stat().st_mode)  # safetensors leaves it to its owner alone
     whole.rename(path)
     partial.unlink()
 
 
-def whole_parts(partial: Path, sizes: Sequence[int]) -> list[bytes]:
-    """The batches, of ``sizes`` scores each, that lie undamaged in a fill that was cut short."""
+def whole_parts(partial: Path, counts: Sequence[int]) -> list[bytes]:
+    """The batches, of ``counts`` scores each, that lie undamaged in a fill that was cut short."""
     raw = partial.read_bytes() if partial.exists() else b""
     parts: list[bytes] = []
     at = 0
-    for size in sizes:
-        part, code = raw[at : at + 4 * size], raw[at + 4 * size : at + 4 * size + 4]
+    for count in counts:
+        end = at + 4 * count
+        part, code = raw[at:end], raw[end : end + 4]
         if code != crc(part):
             break
         parts.append(part)
-        at += 4 * size + 4
+        at = end + 4
     return parts
 
 
@@ -155,10 +168,7 @@ def read(path: Path, count: int) -> list[float]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete it") from error
     if values.shape != (count,) or crc(values.numpy().tobytes()).hex() != written:
-        got = f"{tuple(values.shape)} with other bytes than were written"
-        raise CheckpointError(
-            f"need ({count},) reference log-probs in {path}, got {got}: delete it"
-        )
+        raise CheckpointError(f"{path} is damaged (CRC-32): delete it")
     scores: list[float] = values.tolist()
     return scores
 
@@ -169,9 +179,7 @@ def cache_key(engine: Engine, model: LogpModel, groups: Sequence[Group]) -> str:
     digest.update(model.model.config.to_json_string(use_diff=False).encode())
     with engine.autocast():
         digest.update(f"{autocast_dtype(engine.device)}".encode())
-    for name, weight in model.model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(hash_weights(model).encode())
     digest.update(hash_groups(groups).encode())
     return digest.hexdigest()
 
@@ -179,6 +187,15 @@ def cache_key(engine: Engine, model: LogpModel, groups: Sequence[Group]) -> str:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     enabled = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else None
+
+
+def hash_weights(model: LogpModel) -> str:
+    """Hash of the names, shapes, dtypes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, weight in model.model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def hash_groups(groups: Sequence[Group]) -> str:

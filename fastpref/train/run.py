@@ -1,9 +1,9 @@
 """A run from configuration to final model: what ``fastpref sft`` and ``fastpref dpo`` do."""
 
+import contextlib
 import dataclasses
 import errno
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,9 @@ from fastpref.train.config import (
     check_keys,
     typed,
 )
+from fastpref.train.console import tell
 from fastpref.train.engine import TorchEngine
-from fastpref.train.guard import only_writer
+from fastpref.train.guard import Stopped, only_writer
 from fastpref.train.loop import Trainer
 from fastpref.train.reference import precompute
 from fastpref.train.schedule import eval_strategy
@@ -107,7 +108,9 @@ def dpo(
     Raises:
         ConfigError: a key or value that cannot be honoured.
         DataError: a file or row that cannot be read; opens with file and line.
-        CheckpointError: the run's folder does not fit ``config.resume``.
+        CheckpointError: the run's folder does not fit ``config.resume``, or could not be written.
+        DivergedError: a loss, gradient or reference score is not finite; names the rows.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C; a SystemExit with code 0: the run is saved.
     """
     config = as_config(DPOConfig, config)
     method = DPO(
@@ -136,7 +139,7 @@ def as_config(cls: type[Config], config: Config | Mapping[str, Any]) -> Config:
     if isinstance(config, Mapping):
         values, notes = check_keys(cls, config)
         for note in notes:
-            say(note)
+            tell(note)
         return typed(cls, values)
     raise ConfigError(f"need a {cls.__name__} or a mapping, got {type(config).__name__}")
 
@@ -198,24 +201,34 @@ def run_alone(
         config, method, engine, tokenizer, train_groups, eval_groups, folder, callbacks=callbacks
     )
     if resume is not None:  # a changed run is refused before a file of it is touched
-        checkpoint.load_state(resume, trainer.shape())
+        checkpoint.load_state(resume, trainer.state.shape)
     checkpoint.replace_text(folder / "run.yaml", recipe(config))
-    try:
+    with contextlib.ExitStack() as ends:  # last: a tracker may take its time
+        for callback in reversed(callbacks):
+            ends.callback(callback.on_end)
         with trainer.stop:
             prepare_reference(trainer)
             if config.gradient_checkpointing:
                 checkpoint_activations(policy.model)
             metrics = trainer.train(resume)
-            best = trainer.state.best_step
-            if config.load_best_model_at_end and best is not None:
-                engine.load_model(checkpoint.path_of(folder, best))
+            if config.load_best_model_at_end and trainer.state.best_step is not None:
+                load_best(engine, checkpoint.path_of(folder, trainer.state.best_step))
             checkpoint.publish(folder, engine, tokenizer)
         if config.report:
             write_report([folder], folder / "report.html")
-    finally:
-        for callback in callbacks:  # last: a tracker may take its time
-            callback.on_end()
+        trainer.display.say(f"done: the model is in {folder}")
+        if trainer.stop.signal:  # too late to save anything, but whatever comes next must not begin
+            raise Stopped(f"stopped by {trainer.stop.signal} after the last step of {folder}")
     return Result(policy, tokenizer, metrics, trainer.state.step, folder)
+
+
+def load_best(engine: TorchEngine, folder: Path) -> None:
+    if problem := checkpoint.damage(folder):
+        raise CheckpointError(
+            f"need the best checkpoint whole to end with it, but {folder} is damaged ({problem}); "
+            "delete it, and --resume auto ends with the newest"
+        )
+    engine.load_model(folder)
 
 
 def prepare_reference(trainer: Trainer) -> None:
@@ -325,7 +338,7 @@ class Reader:
             raise ConfigError(f"{part}: {error}") from error
         counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
         rows_read = len(examples) + sum(n for k, n in dropped.items() if k != "sft_on_chosen")
-        say(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
+        tell(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
         return groups
 
     def examples(self, part: str, rows: Rows | None) -> tuple[list[Example], dict[str, int]]:
@@ -354,7 +367,3 @@ class Reader:
 def recipe(config: TrainConfig) -> str:
     """The resolved configuration, as a recipe that runs again."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -49,8 +49,6 @@ def group(examples, tokenizer, **kwargs):
     return made, counts
 
 
-# --- the published chat formats, in templates of our own words
-
 LLAMA3 = """{{- bos_token -}}
 {%- for m in messages -%}
 <|start_header_id|>{{ m.role }}<|end_header_id|>{{ '\n\n' ~ (m.content | trim) }}<|eot_id|>
@@ -167,9 +165,6 @@ def test_mistral_golden():
     assert made.completions == ([3, 12, 21], [3, 11, 21])  # the space is the reply's, EOS once
 
 
-# --- which tokens are scored
-
-
 def chatml(template=CHATML):
     return words(IM, template, eos_token="<|im_end|>")
 
@@ -263,9 +258,6 @@ def test_chat_boundary_that_merges():
     assert made.prompt[-3:] == [20, 6, 1]
     assert made.completions == ([1, 11, 21],)
     assert counts["boundary_differs"] == 1
-
-
-# --- strings
 
 
 def letters(bos=None, post=None, dummy=False, **kwargs):
@@ -381,9 +373,6 @@ def test_no_text_is_lost(rows):
             assert ids[-1] == 1
 
 
-# --- truncation: a prompt of c's and b's, completions of c's, one token a letter
-
-
 @pytest.mark.parametrize(
     ("mode", "max_length", "prompt", "completions", "counts"),
     [
@@ -461,9 +450,6 @@ def test_truncation_never_loses_a_completion(n_prompt, lengths, max_length):
         assert len(g.prompt) == max(max_length - longest, max_length // 2)
 
 
-# --- options
-
-
 def test_options_are_checked():
     example = strings("c", "a")
     for options, need in [
@@ -486,9 +472,6 @@ def test_stop_token_ids():
         config = SimpleNamespace(eos_token_id=ids)
         assert stop_token_ids(tokenizer, config) == {20, 21} - ({20} if ids is None else set())
     assert stop_token_ids(words(IM)) == set()
-
-
-# --- real files
 
 
 def test_harmless():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from fastpref.losses.preference import PairLoss
 from fastpref.methods.dpo import DPO
 from fastpref.train.callbacks import Callback
-from fastpref.train.checkpoint import CheckpointError, checksum
+from fastpref.train.checkpoint import CheckpointError, TrainerState, checksum, text_of
 from fastpref.train.config import ConfigError
 from fastpref.train.guard import DivergedError
 from fastpref.train.run import dpo, sft
@@ -207,7 +207,8 @@ def test_a_cache_of_another_reference_or_other_data_is_not_used(
     tmp_path, tokenizer, new_model, pairs
 ):
     """Another step-1 loss than ln 2 would mean that the cache was read for the wrong reference."""
-    config = options(tmp_path, precompute_ref_log_probs=True, resume="auto", max_steps=1)
+    config = options(tmp_path, precompute_ref_log_probs=True, max_steps=1)
+    config |= {"reference_cache": str(tmp_path / "cache")}
     barely = new_model(rope_theta=10.0)
     with torch.no_grad():
         barely.model.layers[0].mlp.up_proj.weight[5, 7] += 10.0
@@ -215,9 +216,10 @@ def test_a_cache_of_another_reference_or_other_data_is_not_used(
     turned = new_model(rope_theta=10.0)
     back = pairs[::-1]
     runs = [(new_model(), pairs), (new_model(), back), (turned, back), (barely, back)]
-    for model, rows in runs:
-        dpo(config, model, rows, tokenizer=tokenizer)
-        assert rows_of(tmp_path)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for number, (model, rows) in enumerate(runs):
+        folder = tmp_path / f"{number}"
+        dpo(config | {"output_dir": str(folder)}, model, rows, tokenizer=tokenizer)
+        assert rows_of(folder)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 class StopAt(Callback):
@@ -269,6 +271,7 @@ def test_resume_refuses_a_changed_run(tmp_path, tokenizer, new_model, pairs):
         ({"learning_rate": 1e-4}, pairs, "learning_rate 0.001, now 0.0001"),
         ({"beta": 0.3}, pairs, "beta 0.1, now 0.3"),
         ({"gradient_accumulation_steps": 2}, pairs, "groups_per_step 8, now 16"),
+        ({"max_steps": 3}, pairs, "steps 2, now 3"),
         ({}, pairs[1:], "training data '24 groups, .*now '23 groups"),
     ):
         with pytest.raises(CheckpointError, match=named):
@@ -277,8 +280,31 @@ def test_resume_refuses_a_changed_run(tmp_path, tokenizer, new_model, pairs):
     older = config | {"resume": str(tmp_path / "checkpoint-1")}
     with pytest.raises(CheckpointError, match="steps after checkpoint-1: checkpoint-2"):
         dpo(older, new_model(), pairs, tokenizer=tokenizer)
+    other = new_model()
+    with torch.no_grad():
+        other.lm_head.weight[5, 7] += 1e-3
+    with pytest.raises(CheckpointError, match=r"reference model 'sha256 .*, now 'sha256 "):
+        dpo(config, other, pairs, tokenizer=tokenizer)
+
+
+def test_a_constant_rate_lets_a_run_be_prolonged(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, resume="auto")
+    config |= {"lr_scheduler_type": "constant"}
+    dpo(config, new_model(), pairs, tokenizer=tokenizer)
     longer = config | {"max_steps": 3, "logging_steps": 2}
     assert dpo(longer, new_model(), pairs, tokenizer=tokenizer).steps == 3
+
+
+def test_the_model_that_was_trained_is_no_reference_to_go_on_with(
+    tmp_path, tokenizer, new_model, pairs
+):
+    config = options(tmp_path, save_strategy="steps", save_steps=1, resume="auto")
+    model = new_model()
+    with pytest.raises(KeyboardInterrupt):
+        dpo(config, model, pairs, tokenizer=tokenizer, callbacks=[StopAt(2)])
+    with pytest.raises(CheckpointError, match=r"reference model 'sha256 .*, now 'sha256 "):
+        dpo(config, model, pairs, tokenizer=tokenizer)
+    assert dpo(config, new_model(), pairs, tokenizer=tokenizer).steps == 3
 
 
 def test_resume_refuses_a_checkpoint_without_a_weight(tmp_path, tokenizer, new_model, pairs):
@@ -291,9 +317,10 @@ def test_resume_refuses_a_checkpoint_without_a_weight(tmp_path, tokenizer, new_m
     state = path.with_name("trainer_state.json")
     read = json.loads(state.read_text())
     read["files"][path.name] = checksum(path)  # as an engine that forgot a weight would leave it
-    state.write_text(json.dumps(read))
+    del read["crc32"]
+    state.write_text(text_of(TrainerState(**read)))
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
-        dpo(config | {"max_steps": 2}, new_model(), pairs, tokenizer=tokenizer)
+        dpo(config, new_model(), pairs, tokenizer=tokenizer)
 
 
 def test_evaluation_rows_from_python_are_evaluated(tmp_path, tokenizer, new_model, pairs):

@@ -1,8 +1,11 @@
 """Runs that are killed, stopped, starved of disk or damaged: nothing lost, nothing different."""
 
+import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +15,14 @@ import pytest
 import runs
 import torch
 
+from fastpref.data.files import DataError
 from fastpref.models.tiny import save_tiny
 from fastpref.train import checkpoint, guard, reference
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError
-from fastpref.train.config import DPOConfig
 from fastpref.train.engine import OptimizerSpec, TorchEngine
-from fastpref.train.guard import DivergedError
+from fastpref.train.guard import DivergedError, Stopped
+from fastpref.train.metrics import MetricSums
 from fastpref.train.run import dpo
 
 MOMENTS = int(os.environ.get("FASTPREF_KILLS", "20"))
@@ -136,6 +140,56 @@ def test_a_signal_saves_and_exits_with_0(tmp_path, options, whole, name, phase):
     assert not runs.differences(undisturbed, tmp_path / "run")
 
 
+class Signal(Callback):
+    """A signal after a step."""
+
+    def __init__(self, at, number=signal.SIGTERM):
+        self.at, self.number = at, number
+
+    def on_step(self, step, engine):
+        if step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_stop_where_a_save_was_due_is_not_written_again(tmp_path, options, only_model, capfd):
+    """Step 6 evaluates and saves: the stop has saved all of it, what is left is its evaluation."""
+    config = options(tmp_path / "run", max_steps=6, save_only_model=only_model)
+    whole = options(tmp_path / "whole", max_steps=6)
+    dpo(whole)
+    with pytest.raises(Stopped, match="after step 6, saved in"):
+        dpo(config, callbacks=[Signal(6)])
+    assert "stopped by SIGTERM after step 6" in capfd.readouterr().err
+    kept = tmp_path / "run" / "checkpoint-6"
+    before = (kept / "state.pt").stat().st_ino, checkpoint.read_state(kept).evaluated
+    dpo(config)
+    assert before == ((kept / "state.pt").stat().st_ino, 3)
+    assert checkpoint.read_state(kept).evaluated == 6 and checkpoint.damage(kept) is None
+    assert not runs.differences(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_replaced_checkpoint_comes_back(tmp_path):
+    for name in (".checkpoint-4.old", ".checkpoint-2.old", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / checkpoint.STATE).write_text(name)
+    checkpoint.sweep(tmp_path, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert (tmp_path / "checkpoint-2" / checkpoint.STATE).read_text() == "checkpoint-2"
+
+
+def test_a_signal_that_comes_too_late_stops_what_comes_next(tmp_path, options, monkeypatch):
+    publish = checkpoint.publish
+
+    def late(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        publish(*args)
+
+    monkeypatch.setattr(checkpoint, "publish", late)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after the last step"):
+        dpo(options(tmp_path / "run", max_steps=1))
+    assert (tmp_path / "run" / "config.json").exists()
+
+
 class Interrupt(Callback):
     """Ctrl-C, twice, within one step."""
 
@@ -157,10 +211,9 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, options, capfd):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.dist
-def test_the_command_prints_how_to_go_on(tmp_path, options):
-    config = options(tmp_path / "run", max_steps=100_000, eval_strategy="no", eval_samples=0)
-    del config["resume"], config["eval_steps"], config["eval_on_start"]
+@contextlib.contextmanager
+def command_at_work(config):
+    """``fastpref dpo`` in a process that has logged its first step."""
     args = [x for key, value in config.items() for x in (f"--{key}", str(value))]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "fastpref.cli", "dpo", *args]
@@ -168,11 +221,37 @@ def test_the_command_prints_how_to_go_on(tmp_path, options):
         for line in child.stderr:
             if line.startswith("DPO "):
                 break
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_reader_of_the_log_that_is_gone_ends_nothing(tmp_path, options, whole, stop):
+    undisturbed, _ = whole(options)
+    config = options(tmp_path / "run", resume=None)
+    del config["resume"]
+    with command_at_work(config) as child:
+        child.stderr.close()
+        if stop:
+            child.send_signal(signal.SIGINT)
+        assert child.wait(runs.LIMIT) == 0
+    assert stop or not runs.differences(undisturbed, tmp_path / "run")
+    assert checkpoint.complete(tmp_path / "run")
+
+
+@pytest.mark.dist
+def test_the_command_prints_how_to_go_on(tmp_path, options):
+    config = options(tmp_path / "run", max_steps=100_000, eval_strategy="no", eval_samples=0)
+    del config["resume"], config["eval_steps"], config["eval_on_start"]
+    with command_at_work(config) as child:
         child.terminate()
         said = child.stderr.read()
     assert child.returncode == 0, said
-    last = said.splitlines()[-1]
-    assert "stopped by SIGTERM after step" in last and last.endswith("--resume auto")
+    before, last = said.splitlines()[-2:]
+    assert before.startswith("stopped by SIGTERM after step") and last.endswith("--resume auto")
     assert f"go on with: fastpref dpo --model_name_or_path {config['model_name_or_path']}" in last
 
 
@@ -183,6 +262,20 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, options):
             dpo(options(folder))
         assert [p.name for p in folder.iterdir()] == [guard.LOCK]
     assert not folder.exists()
+    with pytest.raises(DataError):
+        dpo(options(folder, dataset_name=str(tmp_path / "none.jsonl")))
+    assert not folder.exists()
+
+
+def test_a_wait_for_a_lock_can_be_ended(tmp_path, capfd):
+    def stop():
+        raise Stopped("now")
+
+    path = tmp_path / "lock"
+    with guard.locked(path), pytest.raises(Stopped), guard.locked(path, while_waiting=stop):
+        pass
+    assert f"waiting for process {os.getpid()} on" in capfd.readouterr().err
+    assert not path.exists()
 
 
 DAMAGE = {
@@ -190,7 +283,12 @@ DAMAGE = {
     "a flipped bit": lambda f: flip(f / "model.safetensors"),
     "a file that is gone": lambda f: (f / "tokenizer.json").unlink(),
     "an empty state": lambda f: (f / checkpoint.STATE).write_text(""),
+    "another state": lambda f: edit(f / checkpoint.STATE, '"num_tokens": ', '"num_tokens": 1'),
 }
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
 
 
 def flip(path):
@@ -237,11 +335,10 @@ class FillDisk(Callback):
 
     def on_step(self, step, engine):
         if step == self.at:
-            with self.ballast.open("wb") as file:
+            with self.ballast.open("wb", buffering=0) as file:
                 while True:
                     try:
                         file.write(bytes(4096))
-                        file.flush()
                     except OSError:
                         return
 
@@ -260,6 +357,12 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_disk, options, whole, at
     ballast.unlink()
     assert runs.finish(config) == 0
     assert not runs.differences(undisturbed, small_disk / "run")
+
+
+def test_a_full_disk_under_the_cache_is_named(small_disk, tmp_path, options):
+    FillDisk(small_disk / "ballast", 0).on_step(0, None)
+    with pytest.raises(CheckpointError, match=f"could not write reference .* to {small_disk}"):
+        dpo(options(tmp_path / "run", reference_cache=str(small_disk)))
 
 
 def test_room_is_checked_before_the_first_step(small_disk, options):
@@ -335,6 +438,103 @@ def test_changed_data_is_named(tmp_path, options, files):
         dpo(config | {"dataset_name": str(own)})
 
 
+@pytest.fixture
+def best(tmp_path, options):
+    """A run of four steps that keeps its best model, stopped after the third."""
+    config = options(tmp_path / "run", max_steps=4, eval_steps=1, save_steps=1)
+    config |= {"load_best_model_at_end": True, "save_total_limit": None}
+    with pytest.raises(Stopped):
+        dpo(config, callbacks=[Signal(3)])
+    return config
+
+
+def test_a_best_that_is_damaged_is_not_published(best):
+    class Damage(Callback):
+        def on_save(self, step, folder):
+            if step == 4:
+                flip(folder.parent / "checkpoint-4" / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 is damaged.*CRC-32"):
+        dpo(best, callbacks=[Damage()])  # the loss falls: the last is the best
+    assert not Path(best["output_dir"], "config.json").exists()
+    shutil.rmtree(Path(best["output_dir"], "checkpoint-4"))
+    dpo(best)
+
+
+@pytest.mark.parametrize("changed", ["data", "metric"])
+def test_a_best_by_another_measure_is_not_compared(best, files, changed, capfd):
+    more = {"eval_dataset_name": str(files / "train.jsonl")}
+    named = "the evaluation data was 6 groups, .*, is 24 groups"
+    if changed == "metric":
+        more = {"metric_for_best_model": "logps/chosen"}
+        named = "metric_for_best_model was loss, lower is better, is logps/chosen, higher"
+    with pytest.raises(CheckpointError, match=named):
+        dpo(best | more)
+    dpo(best | more | {"load_best_model_at_end": False})
+    assert re.search(f"step 2 no longer counts as the best: {named}", capfd.readouterr().err)
+
+
+def test_another_runs_checkpoint_starts_in_a_new_folder_only(tmp_path, options):
+    dpo(options(tmp_path / "one", max_steps=3, lr_scheduler_type="constant"))
+    config = options(tmp_path / "two", max_steps=3, lr_scheduler_type="constant")
+    dpo(config)
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text()
+    older = {"resume": str(tmp_path / "one" / "checkpoint-2")}
+    with pytest.raises(CheckpointError, match="two holds a run already: give another output_dir"):
+        dpo(config | older)
+    assert (tmp_path / "two" / "metrics.jsonl").read_text() == lines
+    assert dpo(config | older | {"output_dir": str(tmp_path / "three")}).steps == 3
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path, options):
+    config = options(tmp_path, save_strategy="no", max_steps=1)
+    dpo(config)
+    with pytest.raises(CheckpointError, match="holds a finished run without a checkpoint"):
+        dpo(config)
+
+
+def test_metrics_that_are_gone_are_missed(tmp_path, options, capfd):
+    config = options(tmp_path, max_steps=4)
+    with pytest.raises(Stopped):
+        dpo(config, callbacks=[Signal(3)])
+    (tmp_path / "metrics.jsonl").unlink()
+    dpo(config)
+    assert "metrics.jsonl holds 0 of the 2 lines" in capfd.readouterr().err
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path, options):
+    dpo(options(tmp_path, max_steps=2))
+    for path in ("model.safetensors", "checkpoint-2/model.safetensors", "reference_logps"):
+        for file in (tmp_path / path, *(tmp_path / path).glob("*.safetensors")):
+            mode = (tmp_path / "metrics.jsonl").stat().st_mode
+            assert file.is_dir() or file.stat().st_mode == mode, file
+
+
+def test_every_callback_ends(tmp_path, options):
+    ended = []
+
+    class End(Callback):
+        def on_end(self):
+            ended.append(self)
+            raise RuntimeError("a tracker's server is gone")
+
+    with pytest.raises(RuntimeError):
+        dpo(options(tmp_path, max_steps=1), callbacks=[End(), End()])
+    assert len(ended) == 2
+
+
+def test_sums_come_back_as_they_were():
+    whole, parts = MetricSums(), MetricSums()
+    for number in (1 / 3, 1 / 7):
+        values = {"loss": (torch.tensor(number, dtype=torch.float64), torch.tensor(3.0))}
+        whole.add(values)
+        parts.add(values)
+        again = MetricSums()
+        again.load(json.loads(json.dumps(parts.state())))
+        parts = again
+    assert parts.state() == whole.state()
+
+
 def test_model_only_checkpoints_are_small_and_start_no_run(tmp_path, options):
     config = options(tmp_path / "run", save_only_model=True, max_steps=4)
     dpo(config)
@@ -408,8 +608,3 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path, options, monkeypatch):
     monkeypatch.setattr(reference, "score", lambda *args: torch.full((4,), float("nan")))
     with pytest.raises(DivergedError, match="reference's log-probs of the rows 0, 1 are not"):
         dpo(options(tmp_path))
-
-
-def test_the_defaults_save_and_sample_nothing_more():
-    config = DPOConfig()
-    assert (config.save_only_model, config.eval_samples, config.reference_cache) == (False, 0, None)
