@@ -47,6 +47,20 @@ def test_samples_of_the_first_and_the_last_step(make_run):
     )
 
 
+def test_the_best_step_is_where_the_run_ended(make_run):
+    """Newest by number: 9 comes after 10 among names."""
+    folder = make_run("run", config={"load_best_model_at_end": True})
+    for step, best in ((20, 10), (40, 30), (9, 9)):
+        (folder / f"checkpoint-{step}").mkdir()
+        state = folder / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text(json.dumps({"step": step, "best_step": best}))
+    (run,) = read([folder])
+    assert run.best_step == 30
+    assert run.at_end("eval_loss") == dict(run.curves["eval_loss"])[30] != run.last("eval_loss")
+    (last,) = read([make_run("last")])
+    assert last.best_step is None and last.at_end("eval_loss") == last.last("eval_loss")
+
+
 def test_a_sample_without_text_is_refused(make_run):
     folder = make_run("run", samples=[{"step": 1, "row": 0, "prompt": "p"}])
     with pytest.raises(ReportError, match=r"samples\.jsonl: need a prompt and a completion"):

@@ -106,6 +106,8 @@ def test_flags_as_recipes_and_launchers_write_them(args, key, value):
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "arguments that lr_scheduler_type"),
         ({"lr_scheduler_kwargs": {"cycles": 2}}, "arguments that lr_scheduler_type 'linear'"),
         ({"beta": 0.0}, "need beta > 0"),
+        ({"adam_beta2": 1.0}, "need adam_beta2 below 1, got 1"),
+        ({"reference_cache": "scores"}, "need precompute_ref_log_probs for a reference_cache"),
         ({"beta": float("nan")}, "need beta > 0"),
         ({"label_smoothing": 0.5}, "label_smoothing in"),
         ({"label_smoothing": 0.1, "loss_type": ["sigmoid", "ipo"]}, "'ipo' has no label_smoothing"),
