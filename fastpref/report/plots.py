@@ -48,7 +48,7 @@ LEARNING = (
     Plot(
         *("Reward accuracy", "share of pairs", one("rewards/accuracies")),
         "Share of pairs whose chosen completion has the higher implicit reward. "
-        "The thin line is chance.",
+        "The thin line is chance; before the first step all rewards are equal, and a tie is wrong.",
         axis=Axis(baseline=0.5),
     ),
     Plot(

@@ -175,10 +175,9 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != count:
-            return f"{name} has {path.stat().st_size} bytes of {count}"
-        if checksum(path)[1] != code:
-            return f"{name} is not what was written (CRC-32)"
+        got = checksum(path)
+        if got != (count, code):
+            return f"{name} is not what was written ({got[0]} bytes of {count}, by its CRC-32)"
     return None
 
 

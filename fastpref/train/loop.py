@@ -223,8 +223,8 @@ class Trainer:
         step = self.state.step
         if self.state.evaluated < step and (step in self.eval_at or step == 0):
             self.evaluate(step)
-        if step in self.save_at:  # a stop may have saved all of this step before
-            self.save(only_model=self.config.save_only_model and self.saved != step)
+        if step in self.save_at:
+            self.save(only_model=self.config.save_only_model)
 
     def step(self) -> tuple[torch.Tensor, float]:
         """One optimizer step: the mean loss over all its groups, in micro-batches."""
@@ -351,7 +351,7 @@ class Trainer:
         self.state.lines = {file.path.name: file.count for file in (self.file, self.samples)}
         for file in (self.file, self.samples):
             file.sync()
-        if self.saved == self.state.step:
+        if self.saved == self.state.step:  # by a stop, before its evaluation
             folder = checkpoint.update(self.run, self.state)
         else:
             folder = checkpoint.save(

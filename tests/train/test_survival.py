@@ -573,16 +573,18 @@ class Count:
 def test_an_interrupted_fill_goes_on_and_is_shared(tmp_path, options, monkeypatch):
     cache = tmp_path / "cache"
     config = options(tmp_path / "a", reference_cache=str(cache), max_steps=2)
-    first, second, third = Count(limit=5), Count(), Count()
-    monkeypatch.setattr(reference, "score", first)
-    with pytest.raises(KeyboardInterrupt):
-        dpo(config)
-    (partial,) = cache.glob("*.partial")
-    with partial.open("ab") as file:
-        file.write(b"torn")
-    monkeypatch.setattr(reference, "score", second)
+    counts = [Count(limit=5), Count(limit=4), Count()]
+    for count in counts[:2]:
+        monkeypatch.setattr(reference, "score", count)
+        with pytest.raises(KeyboardInterrupt):
+            dpo(config)
+        (partial,) = cache.glob("*.partial")
+        with partial.open("ab") as file:
+            file.write(b"torn")
+    monkeypatch.setattr(reference, "score", counts[2])
     dpo(config)
-    assert first.calls + second.calls == 12 + 3  # 24 and 6 pairs, two a batch
+    assert sum(count.calls for count in counts) == 12 + 3  # 24 and 6 pairs, two a batch
+    third = Count()
     monkeypatch.setattr(reference, "score", third)
     dpo(config | {"output_dir": str(tmp_path / "b")})
     dpo(options(tmp_path / "c", reference_cache=str(cache), max_steps=2, max_length=1000))
