@@ -25,6 +25,7 @@ from fastpref.kernels.logp_from_logits import (
     stats_from_logits_ref,
 )
 from fastpref.kernels.logp_from_logits import TokenStats as TokenStats
+from fastpref.kernels.native import has_native
 from fastpref.kernels.product import full_precision
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -72,6 +73,7 @@ def _prepare(
         entropy="entropy" in outputs.split(),
         grad_entropy=grads[3],
         capped=softcap is not None,
+        native=has_native(hidden.device.type),
     )
     (N, H), M, V = hidden.shape, target.shape[0], weight.shape[0]
     return case, plan(case, M, N, H, V, workspace, reserved)

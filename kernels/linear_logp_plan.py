@@ -30,6 +30,7 @@ class Case:
     entropy: bool
     grad_entropy: bool
     capped: bool
+    native: bool  # row functions that read a slab once, in C++
 
     @property
     def frozen(self) -> bool:
@@ -48,6 +49,16 @@ class Case:
     @property
     def kept_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype.itemsize == 2 else self.dtype
+
+    @property
+    def slabs(self) -> int:
+        """Scratch slabs of a forward: z, exponentials where z is read after them, z uncapped."""
+        two = self.frozen and self.grad_entropy if self.native else self.entropy
+        return 1 + two + (self.frozen and self.capped)
+
+    @property
+    def slabs_backward(self) -> int:
+        return 2 if not self.native and (self.grad_entropy or self.capped) else 1
 
     @property
     def row_matrices(self) -> int:
@@ -79,8 +90,7 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
 
     # bytes per row of a tile's hidden states, then per column of a tile, then for all rows
     x_row = H * ((size if case.gathers else 0) + (wide if upcast else 0))
-    buffers = 1 + case.entropy + (case.frozen and case.capped)
-    column = rows * (buffers * wide + (size if cast else 0)) + H * wide * upcast + 1
+    column = rows * (case.slabs * wide + (size if cast else 0)) + H * wide * upcast + 1
     fixed = rows * x_row
     if case.frozen:
         fixed = fixed + rows * H * 3 * wide + case.row_matrices * M * H * wide
@@ -88,8 +98,9 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
         spread = M * H * (wide + size) if half and case.gathers else 0
         fixed = torch.sym_max(fixed, case.row_matrices * M * H * wide + scaled + spread)
     if case.by_slab:
-        buffers = 2 if case.grad_entropy or case.capped else 1
-        back = rows_backward * (buffers * wide + (size if cast else 0)) + H * wide * upcast
+        back = (
+            rows_backward * (case.slabs_backward * wide + (size if cast else 0)) + H * wide * upcast
+        )
         back = back + (H * wide if half and case.grad_weight else 0)
         column = torch.sym_max(column, back)
         sums = M * H * wide if case.grad_hidden and (half or case.gathers) else 0

@@ -102,14 +102,15 @@ class _RowMatrices:
             product(part.to(W.dtype), W, out=out, accumulate=True)
 
     def finish(self, rows: Rows, stats: dict[str, Tensor]) -> None:
-        total, logp = rows.total[:, None], stats["logp"]
+        stats = {name: value.to(self.sums.dtype) for name, value in stats.items()}
+        total, logp = rows.total[:, None].to(self.sums.dtype), stats["logp"]
         label = self.logits.weight.index_select(0, rows.target.clamp(min=0)).to(total.dtype)
         if self.logits.cap is not None:
-            tanh = (logp + stats["log_total"] + rows.max) / self.logits.cap
+            tanh = (logp + stats["log_total"] + stats["max"]) / self.logits.cap
             label.mul_((1 - tanh**2)[:, None])
         self.sums.div_(total)
         if len(self.sums) == 2:
-            mean = rows.weighted[:, None] / total
+            mean = rows.weighted[:, None].to(total.dtype) / total
             share = logp.exp() * (logp + stats["entropy"])
             self.sums[1].addcmul_(self.sums[0], mean, value=-1).addcmul_(label, share[:, None])
             self.sums[1].neg_()
@@ -130,11 +131,10 @@ def forward(
     matrices: Tensor,
 ) -> None:
     V = len(logits.weight)
-    # slabs of z, of exponentials where z is still read, and of z before it is overwritten
-    buffers = [hidden.new_empty(cut.rows * cut.width, dtype=case.wide)]
-    buffers.append(torch.empty_like(buffers[0]) if case.entropy else buffers[0])
     bends = case.frozen and case.capped
-    buffers.append(torch.empty_like(buffers[0]) if bends else buffers[0])
+    buffers = hidden.new_empty((case.slabs, cut.rows * cut.width), dtype=case.wide)
+    # C++ writes kept exponentials in their dtype, and none that nobody reads
+    direct = case.native or kept.flat.dtype == case.wide
     for r0, r1 in tiles(len(target), cut.rows):
         x = _take(hidden, rows, target, r0, r1)
         state = Rows(target[r0:r1], case.wide, names)
@@ -142,21 +142,24 @@ def forward(
         for j, (c0, c1) in enumerate(tiles(V, cut.width)):
             W = operand(logits.weight[c0:c1])
             R, width = r1 - r0, c1 - c0
-            z, out, bent = (b[: R * width].view(R, width) for b in buffers)
-            if j in kept and kept.flat.dtype == case.wide:
+            slabs = buffers[:, : R * width].view(-1, R, width)
+            z, bent = slabs[0], slabs[-1]  # bent is z again where no gradient needs it
+            out = slabs[1] if case.slabs - bends == 2 else z
+            if j in kept and direct:
                 out = kept[j][r0:r1]
-                z = z if case.entropy else out
+            elif case.native and not case.frozen:
+                out = None
             logits.slab(x, W, c0, z)
             if bends:
                 bent.copy_(z)
-            before = state.max
-            shrink = state.add(z, c0, out)
+            weighted = frozen is not None and case.grad_entropy
+            drop, shrink = state.add(z, c0, out, weighted=weighted)
             if j in kept:
                 kept.maxima[j, r0:r1] = state.max
-                if kept.flat.dtype != case.wide:
+                if not direct:
                     kept[j][r0:r1].copy_(out)
             if frozen is not None:
-                frozen.add(out, z, bent, c0, state, shrink, before - state.max, W)
+                frozen.add(out, z, bent, c0, state, shrink, drop, W)
             del W
         stats = state.finish(V)
         for name, value in stats.items():
@@ -182,7 +185,7 @@ def backward_slabs(
     if M == 0 and dW is not None:
         dW.zero_()
     scratch = x.new_empty(cut.rows_backward * cut.width, dtype=case.wide)
-    two = grads.dentropy is not None or case.capped
+    two = case.slabs_backward == 2
     spare = torch.empty_like(scratch) if two else scratch
     # rounded once: a slab of dW is summed over every row in the wide dtype
     narrow = dW is not None and dW.dtype != case.wide

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.kernels.native import has_native
+
 IGNORE_INDEX = -100
 STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
 _LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -57,16 +59,31 @@ class Rows:
 
     def __init__(self, target: Tensor, dtype: torch.dtype, outputs: tuple[str, ...]) -> None:
         self.target, self.outputs = target, outputs
-        zeros = target.new_zeros((), dtype=dtype).expand(len(target))
-        self.max = zeros + _LOWEST
-        self.total = self.label = self.logits = self.weighted = self.squares = zeros
+        self.native = has_native(target.device.type)
+        self.dtype = dtype
+        carried = torch.float64 if self.native else dtype
+        # two rows without a name: what the last call to add returned
+        self.state = target.new_zeros((8, len(target)), dtype=carried)
+        self.state[0] = _LOWEST
+        self.max, self.total, self.label, self.logits, self.weighted, self.squares = self.state[:6]
 
-    def add(self, z: Tensor, start: int, out: Tensor) -> Tensor:
-        """Take columns ``start:`` of z; ``out`` gets exp(z - max).
+    def add(
+        self, z: Tensor, start: int, out: Tensor | None, *, weighted: bool = False, scale: float = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Take columns ``start:`` of scale * z; ``out`` gets exp(scale * z - max).
 
-        With the entropy z becomes out * (z - max); without it ``out`` may be z itself. Returns the
-        factor by which sums relative to the old maximum shrink.
+        With ``weighted`` z becomes out * (scale * z - max). Torch takes z as scratch, and needs an
+        ``out`` that with the entropy is not z; C++ leaves z alone otherwise, and needs no ``out``.
+        Returns the logarithm of what sums relative to the old maximum shrink by, and that factor.
         """
+        wanted = [name in self.outputs for name in ("entropy", "mean_logit", "log_sum_sq_probs")]
+        if self.native:
+            kept = out, z if weighted else None
+            torch.ops.fastpref_rows.add(z, start, self.target, scale, self.state, *kept, *wanted)
+            drop, shrink = self.state[6:].to(self.dtype)
+            return drop, shrink
+        if scale != 1.0:
+            z.mul_(scale)
         where, inside = label_columns(self.target, start, z.shape[1])
         self.label = torch.where(inside, z.gather(1, where)[:, 0], self.label)
         if "mean_logit" in self.outputs:
@@ -86,7 +103,7 @@ class Rows:
             norm = torch.linalg.vector_norm(out, dim=1)
             self.squares = shrink * shrink * self.squares + norm * norm
         self.total = shrink * self.total + out.sum(1)
-        return shrink
+        return drop, shrink
 
     def finish(self, num_columns: int) -> dict[str, Tensor]:
         """``max`` and ``log_total``, whose sum is the log-sum-exp, and the statistics by name.
@@ -123,15 +140,10 @@ def set_labels(slab: Tensor, target: Tensor, start: int, value: Tensor | float) 
 
 
 class RowGrads(NamedTuple):
-    """What the gradient of R rows with respect to their logits needs; each (R,)."""
+    """What the gradient of R rows with respect to their logits needs."""
 
     target: Tensor
-    logp: Tensor
-    max: Tensor
-    log_total: Tensor  # apart from max: their sum would round
-    dlogp: Tensor  # 0 where ignored
-    dentropy: Tensor | None = None
-    entropy: Tensor | None = None
+    values: Tensor  # (4, R), (6, R) with an entropy gradient
 
     @classmethod
     def of(
@@ -148,13 +160,17 @@ class RowGrads(NamedTuple):
         """``factor`` is d z / d logits; ``entropy`` is empty where it was not asked for."""
         keep = target != IGNORE_INDEX
         g = torch.zeros_like(logp) if dlogp is None else (dlogp * factor).where(keep, 0.0)
-        if dentropy is None:
-            return cls(target, logp, max, log_total, g)
-        h = (dentropy * factor).where(keep, 0.0)
-        return cls(target, logp, max, log_total, g, h, entropy)
+        values = [logp, max, log_total, g]  # max and log_total apart: their sum would round
+        if dentropy is not None:
+            values += [(dentropy * factor).where(keep, 0.0), entropy]
+        return cls(target, torch.stack(values))
+
+    @property
+    def with_entropy(self) -> bool:
+        return len(self.values) == 6
 
     def rows(self, start: int, stop: int) -> "RowGrads":
-        return RowGrads(*(None if x is None else x[start:stop] for x in self))
+        return RowGrads(self.target[start:stop], self.values[:, start:stop])
 
 
 def slab_gradient(
@@ -170,14 +186,19 @@ def slab_gradient(
     """Overwrite ``slab``, columns ``start:``, with the gradient of its rows.
 
     Without ``exps`` the slab holds z. With it the slab is only written: exps = exp(z - shift).
-    ``cap`` is the softcap in units of z; with it or an entropy gradient ``spare`` is scratch.
+    ``cap`` is the softcap in units of z; with it or an entropy gradient torch needs ``spare``, a
+    scratch slab.
     """
+    if has_native(slab.device.type):
+        native_gradient(slab if exps is None else exps, start, rows, slab, shift=shift, cap=cap)
+        return slab
+    logp, top, log_total, dlogp, *rest = rows.values
     if exps is None:
-        exps, shift = slab.sub_(rows.max[:, None]).exp_(), rows.max
-    scale = ((shift - rows.max) - rows.log_total)[:, None]  # log p = log exps + scale
-    at_label = -rows.dlogp * rows.logp.expm1()  # not from the slab: 1 - p is lost where p is near 1
-    if rows.dentropy is None and cap is None:
-        factor = -rows.dlogp[:, None] * scale.exp()
+        exps, shift = slab.sub_(top[:, None]).exp_(), top
+    scale = ((shift - top) - log_total)[:, None]  # log p = log exps + scale
+    at_label = -dlogp * logp.expm1()  # not from the slab: 1 - p is lost where p is near 1
+    if not rows.with_entropy and cap is None:
+        factor = -dlogp[:, None] * scale.exp()
         if exps.dtype == slab.dtype:
             torch.mul(exps, factor, out=slab)
         else:
@@ -189,24 +210,36 @@ def slab_gradient(
     torch.clamp(slab, min=torch.finfo(slab.dtype).tiny, out=spare).log_()  # finite where p is 0
     spare.add_(scale)
     slab.mul_(scale.exp())
-    lse = rows.max + rows.log_total
+    lse = top + log_total
     if cap is not None:
         bend_gradient(slab, spare.add_(lse[:, None]).mul_(1 / cap))
         spare.mul_(cap).sub_(lse[:, None])
-    if rows.dentropy is None:
-        slab.mul_(-rows.dlogp[:, None])
+    if not rows.with_entropy:
+        slab.mul_(-dlogp[:, None])
     else:
-        slab.mul_(
-            spare.add_(rows.entropy[:, None])
-            .mul_(-rows.dentropy[:, None])
-            .sub_(rows.dlogp[:, None])
-        )
-        share = rows.logp.exp() * (rows.logp + rows.entropy)
-        at_label = at_label - rows.dentropy * share
+        dentropy, entropy = rest
+        slope = spare.add_(entropy[:, None]).mul_(-dentropy[:, None]).sub_(dlogp[:, None])
+        slab.mul_(slope)
+        at_label = at_label - dentropy * logp.exp() * (logp + entropy)
     if cap is not None:
-        at_label = at_label * (1 - ((rows.logp + lse) / cap) ** 2)
+        at_label = at_label * (1 - ((logp + lse) / cap) ** 2)
     set_labels(slab, rows.target, start, at_label)
     return slab
+
+
+def native_gradient(
+    source: Tensor,
+    start: int,
+    rows: RowGrads,
+    out: Tensor,
+    *,
+    shift: Tensor | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> None:
+    """The same in C++ from scale * z, or with ``shift`` from exponentials; 0 in ignored rows."""
+    args = (source, shift, start, *rows, rows.with_entropy, scale, cap or 0.0, out)
+    torch.ops.fastpref_rows.gradient(*args)
 
 
 def bend_gradient(slab: Tensor, tanh: Tensor) -> Tensor:
@@ -243,24 +276,31 @@ def tiles(size: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, size)
 
 
-def _row_tiles(*xs: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
-    """First and last flat row, and the (R, V) views, of tiles that fit a scratch slab."""
+def _blocks(native: bool, *xs: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+    """First and last flat row, and the (R, V) views: all rows that strides allow for C++, which
+    reads them in place, else as many as fit torch's scratch slab.
+    """
     done = 0
     for matrices in _matrices(*xs):
         N, V = matrices[0].shape
-        for r0, r1 in tiles(N, max(1, _TILE // V)):
+        for r0, r1 in tiles(N, N if native else max(1, _TILE // V)):
             yield done + r0, done + r1, tuple(x[r0:r1] for x in matrices)
         done += N
 
 
-def _slab(x: Tensor, buffer: Tensor, temperature: float) -> Tensor:
-    slab = buffer[: x.numel()].view(x.shape).copy_(x)
-    return slab if temperature == 1.0 else slab.mul_(1 / temperature)
+class _Scratch:
+    """Torch's slabs: none where C++ needs none."""
 
+    def __init__(self, logits: Tensor, native: bool, count: int) -> None:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        size = 0 if native else min(_TILE, logits.numel())
+        self.slabs = logits.new_empty((count, size), dtype=wide)
 
-def _scratch(logits: Tensor) -> Tensor:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty(min(_TILE, logits.numel()), dtype=wide)
+    def of(self, part: Tensor) -> tuple[Tensor, ...]:
+        """A copy of ``part``, then slabs of its shape; the last twice where there is but one."""
+        views = [slab[: part.numel()].view(part.shape) for slab in self.slabs]
+        views[0].copy_(part)
+        return views[0], views[-1]
 
 
 ROW_OUTPUTS = ("logp", "max", "log_total", *STATS)
@@ -288,13 +328,16 @@ def _op(logits: Tensor, target: Tensor, temperature: float, outputs: str, inplac
     wide = torch.promote_types(logits.dtype, torch.float32)
     stats = empty_stats(target, wide, names)
     flat = dict(zip(ROW_OUTPUTS, (s.view(-1) for s in stats), strict=True))
-    y, scratch = target.reshape(-1), _scratch(logits)
-    spare = torch.empty_like(scratch) if "entropy" in names else scratch
-    for r0, r1, (block,) in _row_tiles(logits):
+    y, native = target.reshape(-1), has_native(logits.device.type)
+    scratch = _Scratch(logits, native, 1 + ("entropy" in names))
+    for r0, r1, (block,) in _blocks(native, logits):
         rows = Rows(y[r0:r1], wide, tuple(names))
-        for c0, c1 in tiles(V, _TILE):
-            slab = _slab(block[:, c0:c1], scratch, temperature)
-            rows.add(slab, c0, spare[: slab.numel()].view(slab.shape))
+        if native:
+            rows.add(block, 0, None, scale=1 / temperature)
+        else:
+            for c0, c1 in tiles(V, _TILE):
+                slab, spare = scratch.of(block[:, c0:c1])
+                rows.add(slab, c0, spare, scale=1 / temperature)
         for name, value in rows.finish(V).items():
             flat[name][r0:r1] = value
     return stats
@@ -321,14 +364,17 @@ def _write_gradient(
     flat = (None if x is None else x.reshape(-1) for x in (logp, max, log_total, entropy, dlogp))
     y, h = target.reshape(-1), None if dentropy is None else dentropy.reshape(-1)
     grads = RowGrads.of(y, *flat, h, 1 / temperature)
-    scratch = _scratch(logits)
-    spare = None if dentropy is None else torch.empty_like(scratch)
+    native = has_native(logits.device.type)
+    scratch = _Scratch(logits, native, 1 + grads.with_entropy)
     keep = (y != IGNORE_INDEX)[:, None]
-    for r0, r1, (block, dest) in _row_tiles(logits, out):
+    for r0, r1, (block, dest) in _blocks(native, logits, out):
+        part = grads.rows(r0, r1)
+        if native:
+            native_gradient(block, 0, part, dest, scale=1 / temperature)
+            continue
         for c0, c1 in tiles(logits.shape[-1], _TILE):
-            slab = _slab(block[:, c0:c1], scratch, temperature)
-            other = None if spare is None else spare[: slab.numel()].view(slab.shape)
-            slab_gradient(slab, c0, grads.rows(r0, r1), spare=other)
+            slab, spare = scratch.of(block[:, c0:c1])
+            slab_gradient(slab.mul_(1 / temperature), c0, part, spare=spare)
             slab.masked_fill_(~keep[r0:r1], 0.0)  # padding may hold NaN, and 0 * NaN is NaN
             dest[:, c0:c1].copy_(slab)
 

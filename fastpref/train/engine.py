@@ -1,5 +1,6 @@
 """The engine: where models live, and how gradients become steps. Single process, plain torch."""
 
+import ctypes
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from fastpref.models.head import LogpModel
 
 # what save_state writes: a folder without it holds a model alone
 STATE = "state.pt"
+# of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,15 @@ class Engine(Protocol):
         """Take back what save_state wrote."""
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: a step asks for it again, and new pages cost it a tenth."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    largest = 2**31 - 1
+    # the trim threshold alone would leave large blocks to mmap
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, largest):
+        mallopt(M_TRIM_THRESHOLD, largest)
+
+
 class TorchEngine:
     """One process, one device."""
 
@@ -79,6 +91,8 @@ class TorchEngine:
     world_size = 1
 
     def __init__(self, model: LogpModel, device: torch.device, *, bf16: bool = False) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(device)
         self.device = device
         self.bf16 = bf16
