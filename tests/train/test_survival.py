@@ -231,8 +231,10 @@ def command_at_work(config):
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_reader_of_the_log_that_is_gone_ends_nothing(tmp_path, options, whole, stop):
     undisturbed, _ = whole(options)
-    config = options(tmp_path / "run", resume=None)
+    config = options(tmp_path / "run")
     del config["resume"]
+    if stop:  # in the midst of many steps, with one behind it
+        config |= {"max_steps": 100_000, "eval_on_start": False}
     with command_at_work(config) as child:
         child.stderr.close()
         if stop:
