@@ -176,8 +176,7 @@ def main(provider, folder):
         nonlocal peak
         _, peak = memory_mib()
         say(step)
-        if step < options["max_steps"]:
-            sys.stdin.readline()
+        sys.stdin.readline()  # after the last step too: what follows would run beside another's
 
     given = model, tokenizer, rows, options, on_step
     if provider == "fastpref":
