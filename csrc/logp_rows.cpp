@@ -8,9 +8,11 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -214,6 +216,8 @@ T* data(const std::optional<Tensor>& x) {
   return x.has_value() ? x->mutable_data_ptr<T>() : nullptr;
 }
 
+bool dense(const Tensor& x) { return x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1); }
+
 int64_t row_stride(const std::optional<Tensor>& x) { return x.has_value() ? x->stride(0) : 0; }
 
 template <typename T, typename E>
@@ -242,12 +246,15 @@ void add_rows(const Tensor& z, int64_t start, const Tensor& target, double scale
               const std::optional<Tensor>& exps, const std::optional<Tensor>& weighted,
               bool entropy, bool mean, bool squares) {
   TORCH_CHECK(state.size(0) == kStateRows && state.is_contiguous() && target.is_contiguous());
+  TORCH_CHECK(dense(z) && (!exps || dense(*exps)) && (!weighted || dense(*weighted)));
   const Wanted want{entropy, mean, squares};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, z.scalar_type(), "add_rows", [&] {
         if (exps && exps->scalar_type() == at::kBFloat16) {
           if constexpr (!std::is_same_v<scalar_t, double>) {
             add_typed<scalar_t, at::BFloat16>(z, start, target, scale, state, exps, weighted, want);
+          } else {
+            TORCH_CHECK(false, "need fp64 exponentials for fp64");
           }
         } else {
           add_typed<scalar_t, Wide<scalar_t>>(z, start, target, scale, state, exps, weighted, want);
@@ -283,13 +290,14 @@ void bend(const RowGrad<W>& row, W* x, int64_t size) {
   const Vec top(row.max), by(std::exp(log_scale)), log_by(log_scale), g(row.g), h(row.h);
   const Vec entropy(row.entropy), lse(row.max + row.log_total), one(1);
   const Vec per_cap(row.capped ? 1 / row.cap : W(0)), tiny(std::numeric_limits<W>::min());
+  const Vec log_tiny(std::log(std::numeric_limits<W>::min()));
   const bool plain = !row.with_entropy && !row.capped;
   for (int64_t i = 0; i < size; i += Vec::size()) {
     Vec e = load(x, i, size);
     Vec logp = log_by;
     if (!row.kept) {
-      const Vec d = at::vec::maximum(e - top, Vec(kLowest));
-      logp = d + log_by;
+      const Vec d = e - top;
+      logp = at::vec::maximum(d, log_tiny) + log_by;  // finite where p is 0, and small times h
       e = d.exp();
     } else if (!plain) {
       logp = at::vec::maximum(e, tiny).log() + log_by;  // finite where p is 0
@@ -346,7 +354,8 @@ void gradient_rows(const Tensor& source, const std::optional<Tensor>& shift, int
                    const Tensor& target, const Tensor& values, bool with_entropy, double scale,
                    double cap, Tensor out) {
   TORCH_CHECK(target.is_contiguous() && (!shift || shift->is_contiguous()));
-  TORCH_CHECK(values.stride(1) == 1 && values.size(0) == (with_entropy ? 6 : 4));
+  TORCH_CHECK(dense(source) && dense(out));
+  TORCH_CHECK(dense(values) && values.size(0) == (with_entropy ? 6 : 4));
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, out.scalar_type(), "gradient_rows", [&] {
         if (source.scalar_type() == out.scalar_type()) {

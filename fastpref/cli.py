@@ -81,7 +81,9 @@ def run_command(command: str, args: list[str]) -> int:
     config = parse(command, config_class, args)
     try:
         action(config)
-    except Stopped:
+    except Stopped as stop:
+        if stop.finished:
+            return 0
         again = args if getattr(config, "resume", "auto") == "auto" else [*args, "--resume", "auto"]
         line = shlex.join(["fastpref", command, *again])
         tell(f"fastpref: go on with: {line}")

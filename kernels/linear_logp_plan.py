@@ -90,7 +90,11 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
 
     # bytes per row of a tile's hidden states, then per column of a tile, then for all rows
     x_row = H * ((size if case.gathers else 0) + (wide if upcast else 0))
-    column = rows * (case.slabs * wide + (size if cast else 0)) + H * wide * upcast + 1
+    # C++ holds a row of a slab, or two, in each thread
+    threads = torch.get_num_threads() * (1 + case.grad_entropy) if case.native else 0
+    column = (
+        threads * wide + rows * (case.slabs * wide + (size if cast else 0)) + H * wide * upcast + 1
+    )
     fixed = rows * x_row
     if case.frozen:
         fixed = fixed + rows * H * 3 * wide + case.row_matrices * M * H * wide

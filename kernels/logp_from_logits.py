@@ -58,7 +58,7 @@ class Rows:
     """What R rows carry from slab to slab; every sum is relative to the running maximum."""
 
     def __init__(self, target: Tensor, dtype: torch.dtype, outputs: tuple[str, ...]) -> None:
-        self.target, self.outputs = target, outputs
+        self.target, self.outputs = target.contiguous(), outputs
         self.native = has_native(target.device.type)
         self.dtype = dtype
         carried = torch.float64 if self.native else dtype
@@ -163,7 +163,7 @@ class RowGrads(NamedTuple):
         values = [logp, max, log_total, g]  # max and log_total apart: their sum would round
         if dentropy is not None:
             values += [(dentropy * factor).where(keep, 0.0), entropy]
-        return cls(target, torch.stack(values))
+        return cls(target.contiguous(), torch.stack(values))
 
     @property
     def with_entropy(self) -> bool:
@@ -391,7 +391,7 @@ def _op_bwd(
     dentropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    out = torch.empty_like(logits)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row_values = (logp, max, log_total, entropy, dlogp, dentropy)
     _write_gradient(out, logits, target, *row_values, temperature)
     return out
@@ -399,7 +399,7 @@ def _op_bwd(
 
 @_op_bwd.register_fake
 def _(logits: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(logits)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("fastpref::logp_from_logits_bwd_", mutates_args=("logits",))

@@ -7,6 +7,7 @@ it plain torch stands in, with one warning.
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,7 +33,8 @@ def backend() -> str | None:
 
 def has_native(device_type: str) -> bool:
     """Whether the C++ row functions run on tensors of this device."""
-    return device_type == "cpu" and _loaded(backend())
+    name = backend()
+    return device_type == "cpu" and _loaded(name)
 
 
 @functools.cache
@@ -45,7 +47,9 @@ def _loaded(name: str | None) -> bool:
         if name == "cpp":
             raise RuntimeError(f"FASTPREF_BACKEND=cpp: {error}") from error
         warnings.warn(
-            f"plain torch stands in for fastpref's C++ on the CPU, which is slower: {error}",
+            f"plain torch stands in for fastpref's C++ on the CPU, which is slower: {error} (CXX "
+            "names a compiler, XDG_CACHE_HOME a folder that can be written; FASTPREF_BACKEND=torch "
+            "ends this warning)",
             stacklevel=2,
         )
         return False
@@ -54,7 +58,7 @@ def _loaded(name: str | None) -> bool:
 
 def command(out: Path) -> list[str]:
     """The compiler's call that writes ``out``; RuntimeError without a compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")  # with arguments
     if compiler is None:
         raise RuntimeError("need a C++ compiler (c++ or g++ on the path, or CXX), got none")
     torch_folder = Path(torch.__file__).parent
@@ -63,7 +67,7 @@ def command(out: Path) -> list[str]:
     if flags:
         flags = [*flags, f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
     return [
-        *(compiler, "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", *flags),
+        *(*shlex.split(compiler), "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", *flags),
         *(f"-I{torch_folder / 'include'}", str(SOURCE), "-o", str(out)),
         *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
     ]
@@ -79,9 +83,14 @@ def compiled() -> Path:
         # renamed when it is whole: two processes may compile at once, one may be killed
         with tempfile.TemporaryDirectory(dir=folder) as partial:
             out = Path(partial) / library.name
-            done = subprocess.run(command(out), capture_output=True, text=True)
+            # in a session of its own: Ctrl-C is for the run, which saves
+            done = subprocess.run(
+                command(out), capture_output=True, text=True, start_new_session=True
+            )
             if done.returncode:
                 error = done.stderr.strip()[-2000:]
                 raise RuntimeError(f"{done.args[0]} ended with {done.returncode}:\n{error}")
+            with out.open("rb") as file:
+                os.fsync(file.fileno())  # half a library would kill the process that loads it
             out.replace(library)
     return library

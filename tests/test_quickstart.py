@@ -41,3 +41,11 @@ def test_reward_rises_over_three_seeds_and_not_when_shuffled(tmp_path):
 def test_rejects():
     with pytest.raises(ConfigError, match="samples_per_prompt above 1, got 1"):
         QuickstartConfig(samples_per_prompt=1)
+
+
+def test_it_runs_again_in_its_folder(tmp_path):
+    config = QuickstartConfig(
+        output_dir=str(tmp_path), reviews=300, prompts=32, eval_prompts=16, num_train_epochs=0.2
+    )
+    first, again = quickstart(config), quickstart(config)
+    assert first["gain"] == again["gain"]

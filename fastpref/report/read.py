@@ -137,7 +137,7 @@ def read_best_step(place: Path, config: dict[str, Any]) -> int | None:
         return None
     newest = max(map(parsed, states), key=lambda state: int(state.get("step", 0)))
     step = newest.get("best_step")
-    return step if isinstance(step, int) else None
+    return step if isinstance(step, int) and (place / f"checkpoint-{step}").exists() else None
 
 
 def read_quickstart(place: Path) -> Quickstart:

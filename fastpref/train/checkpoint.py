@@ -177,7 +177,8 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         got = checksum(path)
         if got != (count, code):
-            return f"{name} is not what was written ({got[0]} bytes of {count}, by its CRC-32)"
+            how = "by its CRC-32" if got[0] == count else f"{got[0]} bytes of {count}"
+            return f"{name} is not what was written ({how})"
     return None
 
 
@@ -220,14 +221,18 @@ def prune(run: Path, limit: int | None, best_step: int | None) -> None:
         remove(path)
 
 
-def sweep(run: Path, step: int) -> None:
-    """Delete what a killed run left half-done; set checkpoints after ``step`` aside."""
+def restore(run: Path) -> None:
+    """Put back what a killed run had moved away to replace it, before anything looks for it."""
     for old in run.glob(".checkpoint-*.old"):
         final = run / old.name.removeprefix(".").removesuffix(".old")
         if final.exists():
             shutil.rmtree(old)
         else:
             old.rename(final)
+
+
+def sweep(run: Path, step: int) -> None:
+    """Delete what a killed run left half-done; set checkpoints after ``step`` aside."""
     for pattern in (".*.partial", ".checkpoint-*.deleted"):
         for path in run.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -248,11 +253,6 @@ def find(run: Path, resume: str | None) -> Path | None:
     found = complete(run)
     begun = bool(found) or (run / "metrics.jsonl").exists()
     if resume == "auto":
-        if not found and begun and (run / "config.json").exists():
-            raise CheckpointError(
-                f"{run} holds a finished run without a checkpoint to go on from: give another "
-                "output_dir"
-            )
         return newest_whole(run)
     if resume is None:
         if begun:

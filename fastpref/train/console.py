@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def tell(text: str) -> None:
-    """A line on stderr; that nobody reads there any more is no reason to end."""
-    with contextlib.suppress(BrokenPipeError):
+    """A line on stderr; that it cannot be written there any more is no reason to end."""
+    with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -70,7 +70,8 @@ class Display:
 
     def say(self, text: str) -> None:
         if self.progress:
-            self.progress.console.print(text, markup=False, highlight=False)
+            with contextlib.suppress(OSError):
+                self.progress.console.print(text, markup=False, highlight=False)
         else:
             tell(text)
 

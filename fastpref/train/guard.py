@@ -27,9 +27,11 @@ class DivergedError(ArithmeticError):
 class Stopped(SystemExit):
     """A run that was asked to stop, has saved where it stands, and exits with code 0."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, finished: bool = False) -> None:
         super().__init__(0)
         self.message = message
+        self.finished = finished
+        """Whether the run had come to its end all the same."""
 
     def __str__(self) -> str:
         return self.message

@@ -140,10 +140,10 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""
-        now = self.state
-        self.state = checkpoint.load_state(folder, now.shape)
-        self.saved = self.state.step
-        self.check_best(now)
+        now, self.state = self.state, self.state_of(folder)
+        own = folder.resolve() == checkpoint.path_of(self.run, self.state.step).resolve()
+        self.saved = self.state.step if own else -1
+        self.forget_best(now)
         self.state.eval_data, self.state.best_by = now.eval_data, now.best_by
         try:
             self.engine.load_model(folder)
@@ -152,29 +152,32 @@ class Trainer:
         self.engine.load_state(folder)
         self.sums.load(self.state.sums)
 
-    def check_best(self, now: TrainerState) -> None:
-        """Forget a best that what is to come cannot be measured against, and say so."""
-        best, was = self.state.best_step, self.state
-        if best is None:
-            return
-        changed = [
-            f"{name} was {old}, is {new}"
-            for name, old, new in (
-                ("the evaluation data", was.eval_data, now.eval_data),
-                ("metric_for_best_model", was.best_by, now.best_by),
-            )
-            if old != new
-        ]
-        if changed and self.config.load_best_model_at_end:
+    def state_of(self, folder: Path) -> TrainerState:
+        """The state of a checkpoint that this run may go on from.
+
+        Raises:
+            CheckpointError: the file is damaged, or names what has changed since.
+        """
+        state = checkpoint.load_state(folder, self.state.shape)
+        changed = measure_changes(state, self.state)
+        if changed and state.best_step is not None and self.config.load_best_model_at_end:
             raise CheckpointError(
-                f"need the run unchanged to go on with load_best_model_at_end, got "
+                "need the run unchanged to go on with load_best_model_at_end, got "
                 f"{'; '.join(changed)}"
             )
+        return state
+
+    def forget_best(self, now: TrainerState) -> None:
+        """Forget a best that what is to come cannot be measured against, and say so."""
+        best = self.state.best_step
+        if best is None:
+            return
+        changed = measure_changes(self.state, now)
         if not checkpoint.path_of(self.run, best).exists():
             changed.append("its checkpoint is not in this folder")
         if changed:
             self.display.say(f"step {best} no longer counts as the best: {'; '.join(changed)}")
-            was.best_step = was.best_metric = None
+            self.state.best_step = self.state.best_metric = None
 
     def check_room(self) -> None:
         """Refuse to start what the disk cannot hold."""
@@ -384,6 +387,15 @@ class Trainer:
         self.display.log(row["step"], row)
         for callback in self.callbacks:
             callback.on_log(row["step"], row)
+
+
+def measure_changes(was: TrainerState, now: TrainerState) -> list[str]:
+    """What the best was told by, where that is another now."""
+    named = (
+        ("the evaluation data", was.eval_data, now.eval_data),
+        ("metric_for_best_model", was.best_by, now.best_by),
+    )
+    return [f"{name} was {old}, is {new}" for name, old, new in named if old != new]
 
 
 def described(groups: Sequence[Group]) -> str:

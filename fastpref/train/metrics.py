@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,8 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    if not status.exists():  # no Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
-    # there ru_maxrss starts at what the parent held when it forked
-    lines = status.read_text().splitlines()
-    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return int(peak) / 2**20  # from KiB
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):  # ru_maxrss starts at what the parent held when it forked
+            return int(line.split()[1]) / 2**20  # from KiB
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

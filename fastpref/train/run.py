@@ -178,6 +178,7 @@ def run_alone(
 ) -> Result:
     """A run in a folder that no other run writes to."""
     folder = Path(config.output_dir)
+    checkpoint.restore(folder)
     resume = checkpoint.find(folder, config.resume)
     model = model.model if isinstance(model, LogpModel) else model
     tokenizer = tokenizer or load_tokenizer(
@@ -201,7 +202,7 @@ def run_alone(
         config, method, engine, tokenizer, train_groups, eval_groups, folder, callbacks=callbacks
     )
     if resume is not None:  # a changed run is refused before a file of it is touched
-        checkpoint.load_state(resume, trainer.state.shape)
+        trainer.state_of(resume)
     checkpoint.replace_text(folder / "run.yaml", recipe(config))
     with contextlib.ExitStack() as ends:  # last: a tracker may take its time
         for callback in reversed(callbacks):
@@ -218,7 +219,9 @@ def run_alone(
             write_report([folder], folder / "report.html")
         trainer.display.say(f"done: the model is in {folder}")
         if trainer.stop.signal:  # too late to save anything, but whatever comes next must not begin
-            raise Stopped(f"stopped by {trainer.stop.signal} after the last step of {folder}")
+            message = f"stopped by {trainer.stop.signal} after the last step of {folder}"
+            trainer.display.say(message)
+            raise Stopped(message, finished=True)
     return Result(policy, tokenizer, metrics, trainer.state.step, folder)
 
 

@@ -144,3 +144,21 @@ X, Y = torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)
 def test_rejects(logits, target, options, error):
     with pytest.raises(error, match=r"need .*got"):
         logp_from_logits(logits, target, **options)
+
+
+def test_strides_of_target_and_overlapping_logits():
+    logits, target = make(3, 4, V=70)
+    for turn in (lambda y: y[:, ::2], lambda y: y[:, :1].expand(3, 2)):
+        some = logits[:, :2].contiguous()
+        want = run(logp_stats_from_logits, some, turn(target).contiguous())
+        assert_same(run(logp_stats_from_logits, some, turn(target)), want)
+    windows = torch.randn(7, generator=torch.Generator().manual_seed(0)).to(DEV).unfold(0, 5, 1)
+    labels = torch.tensor([0, 4, 2], device=DEV)
+    sides = [run(stats_from_logits_ref, x, labels) for x in (windows, windows.double())]
+    assert_no_worse(run(logp_stats_from_logits, windows, labels), *sides)
+
+
+def test_no_probability_times_a_large_gradient_is_nothing():
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]], device=DEV, requires_grad=True)
+    (logp_stats_from_logits(logits, torch.tensor([0], device=DEV)).entropy * 1e9).sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[0, 1] == 0

@@ -50,7 +50,7 @@ def test_samples_of_the_first_and_the_last_step(make_run):
 def test_the_best_step_is_where_the_run_ended(make_run):
     """Newest by number: 9 comes after 10 among names."""
     folder = make_run("run", config={"load_best_model_at_end": True})
-    for step, best in ((20, 10), (40, 30), (9, 9)):
+    for step, best in ((20, 10), (30, 30), (40, 30), (9, 9)):
         (folder / f"checkpoint-{step}").mkdir()
         state = folder / f"checkpoint-{step}" / "trainer_state.json"
         state.write_text(json.dumps({"step": step, "best_step": best}))

@@ -172,12 +172,12 @@ def test_a_replaced_checkpoint_comes_back(tmp_path):
     for name in (".checkpoint-4.old", ".checkpoint-2.old", "checkpoint-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / checkpoint.STATE).write_text(name)
-    checkpoint.sweep(tmp_path, 9)
+    checkpoint.restore(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert (tmp_path / "checkpoint-2" / checkpoint.STATE).read_text() == "checkpoint-2"
 
 
-def test_a_signal_that_comes_too_late_stops_what_comes_next(tmp_path, options, monkeypatch):
+def test_a_signal_that_comes_too_late_stops_what_comes_next(tmp_path, options, monkeypatch, capfd):
     publish = checkpoint.publish
 
     def late(*args):
@@ -185,8 +185,9 @@ def test_a_signal_that_comes_too_late_stops_what_comes_next(tmp_path, options, m
         publish(*args)
 
     monkeypatch.setattr(checkpoint, "publish", late)
-    with pytest.raises(Stopped, match="stopped by SIGTERM after the last step"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM after the last step") as stop:
         dpo(options(tmp_path / "run", max_steps=1))
+    assert stop.value.finished and str(stop.value) in capfd.readouterr().err
     assert (tmp_path / "run" / "config.json").exists()
 
 
@@ -470,8 +471,10 @@ def test_a_best_by_another_measure_is_not_compared(best, files, changed, capfd):
     if changed == "metric":
         more = {"metric_for_best_model": "logps/chosen"}
         named = "metric_for_best_model was loss, lower is better, is logps/chosen, higher"
+    recipe = Path(best["output_dir"], "run.yaml").read_text()
     with pytest.raises(CheckpointError, match=named):
         dpo(best | more)
+    assert Path(best["output_dir"], "run.yaml").read_text() == recipe
     dpo(best | more | {"load_best_model_at_end": False})
     assert re.search(f"step 2 no longer counts as the best: {named}", capfd.readouterr().err)
 
@@ -488,11 +491,12 @@ def test_another_runs_checkpoint_starts_in_a_new_folder_only(tmp_path, options):
     assert dpo(config | older | {"output_dir": str(tmp_path / "three")}).steps == 3
 
 
-def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path, options):
-    config = options(tmp_path, save_strategy="no", max_steps=1)
-    dpo(config)
-    with pytest.raises(CheckpointError, match="holds a finished run without a checkpoint"):
-        dpo(config)
+def test_another_runs_checkpoint_whose_evaluation_is_due(tmp_path, options):
+    with pytest.raises(Stopped):
+        dpo(options(tmp_path / "one", max_steps=6), callbacks=[Signal(6)])
+    older = {"resume": str(tmp_path / "one" / "checkpoint-6")}
+    dpo(options(tmp_path / "two", max_steps=6, **older))
+    assert checkpoint.damage(tmp_path / "two" / "checkpoint-6") is None
 
 
 def test_metrics_that_are_gone_are_missed(tmp_path, options, capfd):
