@@ -1,4 +1,4 @@
-// The row functions of kernels/logp_from_logits.py, one read of each slab: see there for the
+// The row functions of kernels/logp_rows.py, one read of each slab: see there for the
 // formulas and for what a row carries from slab to slab.
 
 #include <ATen/Dispatch.h>

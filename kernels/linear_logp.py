@@ -2,7 +2,7 @@
 
 z = softcap(logit_scale * (hidden[rows] @ weight.T + bias)) / temperature, softcap(x) = cap *
 tanh(x / cap). N rows of hidden (N, H), weight (V, H), M targets. A loop of matrix products around
-the row functions of logp_from_logits: (M, V) exists a slab of columns at a time.
+the row functions of logp_rows: (M, V) exists a slab of columns at a time.
 """
 
 from typing import Any
@@ -14,10 +14,8 @@ from fastpref.kernels.gather_rows import check_index, sum_copies
 from fastpref.kernels.linear_logp_plan import Case, Plan, plan
 from fastpref.kernels.linear_logp_torch import Kept, Logits, backward_slabs, forward
 from fastpref.kernels.logp_from_logits import (
-    IGNORE_INDEX,
     ROW_OUTPUTS,
     STATS,
-    RowGrads,
     check_outputs,
     check_positive,
     check_target,
@@ -25,6 +23,7 @@ from fastpref.kernels.logp_from_logits import (
     stats_from_logits_ref,
 )
 from fastpref.kernels.logp_from_logits import TokenStats as TokenStats
+from fastpref.kernels.logp_rows import IGNORE_INDEX, RowGrads
 from fastpref.kernels.native import has_native
 from fastpref.kernels.product import full_precision
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels.linear_logp_plan import Case, Plan
-from fastpref.kernels.logp_from_logits import (
+from fastpref.kernels.logp_rows import (
     IGNORE_INDEX,
     RowGrads,
     Rows,

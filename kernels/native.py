@@ -58,7 +58,7 @@ def _loaded(name: str | None) -> bool:
 
 def command(out: Path) -> list[str]:
     """The compiler's call that writes ``out``; RuntimeError without a compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")  # with arguments
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise RuntimeError("need a C++ compiler (c++ or g++ on the path, or CXX), got none")
     torch_folder = Path(torch.__file__).parent

@@ -4,6 +4,7 @@ Names are those of transformers' integrations: ``train/loss``, ``eval/rewards/ma
 ``train/global_step``.
 """
 
+import abc
 import dataclasses
 import importlib
 import json
@@ -17,6 +18,7 @@ from typing import Any
 from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback
 from fastpref.train.config import ConfigError, TrainConfig, tracker_names
+from fastpref.train.console import tell
 
 STEP = "train/global_step"
 SAMPLES = "eval/samples"
@@ -62,28 +64,28 @@ def kind_of(values: dict[str, Any]) -> str:
     return "eval" if any(name.startswith("eval/") for name in values) else "train"
 
 
-class Tracker(Callback):
+class Tracker(Callback, abc.ABC):
     """Shows a run elsewhere: a failure is told once, and the run goes on without the tracker."""
 
     name: str
     begun = False
     failed = False
 
+    @abc.abstractmethod
     def start(self, config: TrainConfig, run: Path, step: int) -> None:
         """Open the run, or go on with it after ``step``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Pass on a line of metrics.jsonl, its names grouped."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def show(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Pass on sampled completions."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self, exit_code: int) -> None:
         """Close the run, which ended as a process with that exit code does."""
-        raise NotImplementedError
 
     def holds(self, kind: str, step: int) -> bool:
         """Whether a run that goes on finds this there already."""
@@ -129,7 +131,7 @@ class Tracker(Callback):
                 raise ConfigError(text) from error
             if not told:
                 when = "at the end" if step is None else f"at step {step}"
-                print(f"{text} {when}; the run goes on without it", file=sys.stderr, flush=True)
+                tell(f"{text} {when}; the run goes on without it")
 
 
 def exit_code(error: BaseException | None) -> int:
@@ -193,9 +195,9 @@ class Service(Tracker):
         path.parent.mkdir(exist_ok=True)
         checkpoint.replace_text(path, self.open(config, run, kept) + "\n")
 
+    @abc.abstractmethod
     def open(self, config: TrainConfig, run: Path, kept: str | None) -> str:
         """Go on with the run whose id was kept, or begin one; returns its id."""
-        raise NotImplementedError
 
 
 class WandB(Service):
