@@ -1,5 +1,5 @@
 // The row functions of kernels/logp_rows.py, one read of each slab: see there for the
-// formulas and for what a row carries from slab to slab.
+// formulas and for what a row carries from slab to slab, and logits.py for the transform.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -50,22 +50,43 @@ void store(const Vectorized<T>& x, T* to, int64_t i, int64_t size) {
 }
 
 template <typename T>
-void read(const T* from, Wide<T>* to, int64_t size, double scale) {
+void read(const T* from, Wide<T>* to, int64_t size) {
   constexpr int64_t width = Vectorized<T>::size();
-  const Vectorized<Wide<T>> by(scale);
   for (int64_t i = 0; i < size; i += width) {
     const auto x = load(from, i, size);
     if constexpr (std::is_same_v<T, Wide<T>>) {
-      store(x * by, to, i, size);
+      store(x, to, i, size);
     } else {
       const auto [low, high] = at::vec::convert_to_float<T>(x);
-      store(low * by, to, i, size);
+      store(low, to, i, size);
       if (i + width / 2 < size) {
-        store(high * by, to, i + width / 2, size);
+        store(high, to, i + width / 2, size);
       }
     }
   }
 }
+
+// z = scale * (raw + bias), or cap * tanh of that
+template <typename W>
+struct Transform {
+  W scale, cap;  // cap 0: none
+  const W* bias;
+
+  void apply(W* x, int64_t begin, int64_t size) const {
+    using Vec = Vectorized<W>;
+    if (bias == nullptr && scale == 1 && cap == 0) {
+      return;
+    }
+    for (int64_t i = 0; i < size; i += Vec::size()) {
+      Vec z = load(x, i, size);
+      if (bias != nullptr) {
+        z = z + load(bias + begin, i, size);
+      }
+      z = z * Vec(scale);
+      store(cap > 0 ? z.tanh() * Vec(cap) : z, x, i, size);
+    }
+  }
+};
 
 template <typename T>
 void write(const Wide<T>* from, T* to, int64_t size) {
@@ -137,12 +158,13 @@ struct Scratch {
 };
 
 struct Wanted {
-  bool entropy, mean, squares;
+  bool slopes, entropy, mean, squares;
 };
 
 template <typename T, typename E>
-void add_row(const T* z, int64_t V, int64_t block, int64_t label, double scale, double* state,
-             int64_t rows, E* exps, Wide<T>* weighted, const Wanted& want, Scratch<Wide<T>>& scratch) {
+void add_row(const T* raw, int64_t V, int64_t block, int64_t label,
+             const Transform<Wide<T>>& transform, double* state, int64_t rows, E* exps,
+             Wide<T>* weighted, const Wanted& want, Scratch<Wide<T>>& scratch) {
   using W = Wide<T>;
   using Vec = Vectorized<W>;
   const auto at = [&](State name) -> double& { return state[name * rows]; };
@@ -151,12 +173,14 @@ void add_row(const T* z, int64_t V, int64_t block, int64_t label, double scale, 
   double total = at(kTotal), entropy = at(kWeighted), squares = at(kSquares), logits = at(kLogits);
   W* x = scratch.x.data();
   W* xe = weighted ? scratch.weighted.data() : nullptr;
-  if (label >= 0 && label < V) {
-    at(kLabel) = static_cast<W>(z[label]) * static_cast<W>(scale);  // as read() rounds it
-  }
+  const Vec per_cap(transform.cap > 0 ? 1 / transform.cap : W(0));
   for (int64_t begin = 0; begin < V; begin += block) {
     const int64_t size = std::min(block, V - begin);
-    read(z + begin, x, size, scale);
+    read(raw + begin, x, size);
+    transform.apply(x, begin, size);
+    if (label >= begin && label < begin + size) {
+      at(kLabel) = x[label - begin];
+    }
     if (want.mean) {
       logits += sum(x, size);
     }
@@ -172,17 +196,22 @@ void add_row(const T* z, int64_t V, int64_t block, int64_t label, double scale, 
       const int64_t stop = std::min(chunk + kBlock, size);
       Vec exp_sum(0), weighted_sum(0), square_sum(0);
       for (int64_t i = chunk; i < stop; i += Vec::size()) {
-        Vec d = load(x, i, size) - shift;
+        const Vec z = load(x, i, size);
+        Vec d = z - shift;
         if (want.entropy) {
           d = at::vec::maximum(d, Vec(kLowest));  // 0 * -inf is NaN
         }
-        const Vec e = only(d.exp(), W(0), i, size);
+        Vec e = only(d.exp(), W(0), i, size);
         exp_sum = exp_sum + e;
         if (want.entropy) {
           weighted_sum = weighted_sum + d * e;
         }
         if (want.squares) {
           square_sum = square_sum + e * e;
+        }
+        if (want.slopes && transform.cap > 0) {
+          const Vec tanh = z * per_cap;
+          e = e * (Vec(1) - tanh * tanh);
         }
         if (exps) {
           store(e, x, i, size);
@@ -194,6 +223,13 @@ void add_row(const T* z, int64_t V, int64_t block, int64_t label, double scale, 
       total += total_of(exp_sum);
       entropy += total_of(weighted_sum);
       squares += total_of(square_sum);
+    }
+    if (want.slopes && label >= begin && label < begin + size) {
+      for (W* part : {x, xe}) {  // a frozen weight's products leave the label out
+        if (part != nullptr) {
+          part[label - begin] = 0;
+        }
+      }
     }
     if (exps) {
       write(x, exps + begin, size);
@@ -220,14 +256,25 @@ bool dense(const Tensor& x) { return x.dim() == 2 && (x.size(1) <= 1 || x.stride
 
 int64_t row_stride(const std::optional<Tensor>& x) { return x.has_value() ? x->stride(0) : 0; }
 
+struct TransformOf {
+  double scale, cap;
+  const std::optional<Tensor>& bias;
+
+  template <typename W>
+  Transform<W> as() const {
+    return {static_cast<W>(scale), static_cast<W>(cap), bias ? bias->const_data_ptr<W>() : nullptr};
+  }
+};
+
 template <typename T, typename E>
-void add_typed(const Tensor& z, int64_t start, const Tensor& target, double scale, Tensor& state,
-               const std::optional<Tensor>& exps, const std::optional<Tensor>& weighted,
-               const Wanted& want) {
-  const int64_t R = z.size(0), V = z.size(1);
+void add_typed(const Tensor& raw, int64_t start, const Tensor& target, Tensor& state,
+               const TransformOf& of, const std::optional<Tensor>& exps,
+               const std::optional<Tensor>& weighted, const Wanted& want) {
+  const auto transform = of.as<Wide<T>>();
+  const int64_t R = raw.size(0), V = raw.size(1);
   // what is kept is relative to one maximum: it must be known before the first write
   const int64_t block = exps || weighted ? V : std::min(V, kBlock);
-  const T* from = z.const_data_ptr<T>();
+  const T* from = raw.const_data_ptr<T>();
   E* to = data<E>(exps);
   Wide<T>* to_weighted = data<Wide<T>>(weighted);
   double* carried = state.mutable_data_ptr<double>();
@@ -235,31 +282,34 @@ void add_typed(const Tensor& z, int64_t start, const Tensor& target, double scal
   at::parallel_for(0, R, std::max<int64_t>(1, kGrain / V), [&](int64_t begin, int64_t end) {
     Scratch<Wide<T>> scratch(block, weighted.has_value());
     for (int64_t r = begin; r < end; ++r) {
-      add_row<T, E>(from + r * z.stride(0), V, block, labels[r] - start, scale, carried + r, R,
-                    to ? to + r * row_stride(exps) : nullptr,
+      add_row<T, E>(from + r * raw.stride(0), V, block, labels[r] - start, transform, carried + r,
+                    R, to ? to + r * row_stride(exps) : nullptr,
                     to_weighted ? to_weighted + r * row_stride(weighted) : nullptr, want, scratch);
     }
   });
 }
 
-void add_rows(const Tensor& z, int64_t start, const Tensor& target, double scale, Tensor state,
-              const std::optional<Tensor>& exps, const std::optional<Tensor>& weighted,
-              bool entropy, bool mean, bool squares) {
+void add_rows(const Tensor& raw, int64_t start, const Tensor& target, Tensor state, double scale,
+              double cap, const std::optional<Tensor>& bias, const std::optional<Tensor>& exps,
+              const std::optional<Tensor>& weighted, bool slopes, bool entropy, bool mean,
+              bool squares) {
   TORCH_CHECK(state.size(0) == kStateRows && state.is_contiguous() && target.is_contiguous());
-  TORCH_CHECK(dense(z) && (!exps || dense(*exps)) && (!weighted || dense(*weighted)));
-  const Wanted want{entropy, mean, squares};
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, z.scalar_type(), "add_rows", [&] {
-        if (exps && exps->scalar_type() == at::kBFloat16) {
-          if constexpr (!std::is_same_v<scalar_t, double>) {
-            add_typed<scalar_t, at::BFloat16>(z, start, target, scale, state, exps, weighted, want);
-          } else {
-            TORCH_CHECK(false, "need fp64 exponentials for fp64");
-          }
-        } else {
-          add_typed<scalar_t, Wide<scalar_t>>(z, start, target, scale, state, exps, weighted, want);
-        }
-      });
+  TORCH_CHECK(dense(raw) && (!exps || dense(*exps)) && (!weighted || dense(*weighted)));
+  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->size(0) == raw.size(1)));
+  const Wanted want{slopes, entropy, mean, squares};
+  const TransformOf transform{scale, cap, bias};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, raw.scalar_type(), "add_rows", [&] {
+    if (exps && exps->scalar_type() == at::kBFloat16) {
+      if constexpr (!std::is_same_v<scalar_t, double>) {
+        add_typed<scalar_t, at::BFloat16>(raw, start, target, state, transform, exps, weighted,
+                                          want);
+      } else {
+        TORCH_CHECK(false, "need fp64 exponentials for fp64");
+      }
+    } else {
+      add_typed<scalar_t, Wide<scalar_t>>(raw, start, target, state, transform, exps, weighted, want);
+    }
+  });
 }
 
 // what the gradient of a row with respect to its logits needs
@@ -314,9 +364,10 @@ void bend(const RowGrad<W>& row, W* x, int64_t size) {
 
 template <typename S, typename T>
 void gradient_typed(const Tensor& source, const std::optional<Tensor>& shift, int64_t start,
-                    const Tensor& target, const Tensor& values, bool with_entropy, double scale,
-                    double cap, Tensor& out) {
+                    const Tensor& target, const Tensor& values, bool with_entropy,
+                    const TransformOf& of, Tensor& out) {
   using W = Wide<T>;
+  const auto transform = of.as<W>();
   const int64_t R = source.size(0), V = source.size(1);
   const S* from = source.const_data_ptr<S>();
   T* to = out.mutable_data_ptr<T>();
@@ -334,11 +385,15 @@ void gradient_typed(const Tensor& source, const std::optional<Tensor>& shift, in
       }
       const auto at = [&](int64_t i) { return value[i * rows + r]; };
       const RowGrad<W> row{at(0), at(1), at(2), at(3), with_entropy ? at(4) : W(0),
-                           with_entropy ? at(5) : W(0), static_cast<W>(cap),
-                           shifts ? shifts[r] : W(0), with_entropy, cap > 0, shifts != nullptr};
+                           with_entropy ? at(5) : W(0), transform.cap,
+                           shifts ? shifts[r] : W(0), with_entropy, transform.cap > 0,
+                           shifts != nullptr};
       for (int64_t c = 0; c < V; c += block) {
         const int64_t size = std::min(block, V - c);
-        read(from + r * source.stride(0) + c, scratch.x.data(), size, scale);
+        read(from + r * source.stride(0) + c, scratch.x.data(), size);
+        if (!row.kept) {
+          transform.apply(scratch.x.data(), c, size);
+        }
         bend(row, scratch.x.data(), size);
         write(scratch.x.data(), row_out + c, size);
       }
@@ -350,20 +405,22 @@ void gradient_typed(const Tensor& source, const std::optional<Tensor>& shift, in
   });
 }
 
-void gradient_rows(const Tensor& source, const std::optional<Tensor>& shift, int64_t start,
-                   const Tensor& target, const Tensor& values, bool with_entropy, double scale,
-                   double cap, Tensor out) {
+void gradient_rows(const Tensor& source, int64_t start, const Tensor& target, const Tensor& values,
+                   bool with_entropy, const std::optional<Tensor>& shift, double scale, double cap,
+                   const std::optional<Tensor>& bias, Tensor out) {
   TORCH_CHECK(target.is_contiguous() && (!shift || shift->is_contiguous()));
   TORCH_CHECK(dense(source) && dense(out));
   TORCH_CHECK(dense(values) && values.size(0) == (with_entropy ? 6 : 4));
+  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->size(0) == source.size(1)));
+  const TransformOf transform{scale, cap, bias};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, out.scalar_type(), "gradient_rows", [&] {
         if (source.scalar_type() == out.scalar_type()) {
           gradient_typed<scalar_t, scalar_t>(source, shift, start, target, values, with_entropy,
-                                             scale, cap, out);
+                                             transform, out);
         } else if constexpr (std::is_same_v<scalar_t, float>) {  // kept in bf16
           gradient_typed<at::BFloat16, float>(source, shift, start, target, values, with_entropy,
-                                              scale, cap, out);
+                                              transform, out);
         } else {
           TORCH_CHECK(false, "need bf16 exponentials for fp32, got ", source.scalar_type());
         }
@@ -374,11 +431,12 @@ void gradient_rows(const Tensor& source, const std::optional<Tensor>& shift, int
 
 TORCH_LIBRARY(fastpref_rows, m) {
   m.def(
-      "add(Tensor z, int start, Tensor target, float scale, Tensor(a!) state, Tensor(b!)? exps, "
-      "Tensor(c!)? weighted, bool entropy, bool mean, bool squares) -> ()");
+      "add(Tensor raw, int start, Tensor target, Tensor(a!) state, float scale, float cap, "
+      "Tensor? bias, Tensor(b!)? exps, Tensor(c!)? weighted, bool slopes, bool entropy, bool mean, "
+      "bool squares) -> ()");
   m.def(
-      "gradient(Tensor source, Tensor? shift, int start, Tensor target, Tensor values, "
-      "bool with_entropy, float scale, float cap, Tensor(a!) out) -> ()");
+      "gradient(Tensor source, int start, Tensor target, Tensor values, bool with_entropy, "
+      "Tensor? shift, float scale, float cap, Tensor? bias, Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(fastpref_rows, CPU, m) {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpref.kernels.gather_rows import sum_rows
 from fastpref.kernels.linear_logp import linear_logp
-from fastpref.kernels.logp_rows import IGNORE_INDEX
+from fastpref.kernels.logits import IGNORE_INDEX
 
 
 def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -8,24 +8,27 @@ the row functions of logp_rows: (M, V) exists a slab of columns at a time.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fastpref.kernels.active_columns import ActiveColumns
+from fastpref.kernels.backend import choose
 from fastpref.kernels.gather_rows import check_index, sum_copies
+from fastpref.kernels.linear_logp_loops import Kept, backward_slabs, forward
 from fastpref.kernels.linear_logp_plan import Case, Plan, plan
-from fastpref.kernels.linear_logp_torch import Kept, Logits, backward_slabs, forward
+from fastpref.kernels.logits import IGNORE_INDEX, Transform, check_target
 from fastpref.kernels.logp_from_logits import (
-    ROW_OUTPUTS,
     STATS,
     check_outputs,
     check_positive,
-    check_target,
     empty_stats,
+    named_stats,
     stats_from_logits_ref,
 )
 from fastpref.kernels.logp_from_logits import TokenStats as TokenStats
-from fastpref.kernels.logp_rows import IGNORE_INDEX, RowGrads
-from fastpref.kernels.native import has_native
+from fastpref.kernels.logp_rows import RowGrads
 from fastpref.kernels.product import full_precision
+from fastpref.kernels.vocab_parallel import local_target, name_of, sum_over_ranks
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -57,22 +60,26 @@ def _prepare(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    bias: Tensor | None,
     rows: Tensor | None,
     softcap: float | None,
     outputs: str,
     grads: list[bool],
     workspace: int | None,
     reserved: int,
+    skip_below: float,
 ) -> tuple[Case, Plan]:
     case = Case(
         hidden.dtype,
         hidden.device.type,
+        choose(hidden.device.type, hidden.dtype),
         *grads[:3],
         gathers=rows is not None,
+        biased=bias is not None,
         entropy="entropy" in outputs.split(),
         grad_entropy=grads[3],
         capped=softcap is not None,
-        native=has_native(hidden.device.type),
+        skips=skip_below > 0,
     )
     (N, H), M, V = hidden.shape, target.shape[0], weight.shape[0]
     return case, plan(case, M, N, H, V, workspace, reserved)
@@ -90,6 +97,17 @@ def _allocate(hidden: Tensor, target: Tensor, case: Case, cut: Plan, outputs: st
     )
 
 
+def _transform(
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    case: Case,
+) -> Transform:
+    bias = None if bias is None else bias.to(case.wide)
+    return Transform.of(temperature, logit_scale, softcap, bias)
+
+
 @torch.library.custom_op("fastpref::linear_logp", mutates_args=())
 def _op(
     hidden: Tensor,
@@ -97,6 +115,7 @@ def _op(
     target: Tensor,
     bias: Tensor | None,
     rows: Tensor | None,
+    skip_stats: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -104,29 +123,34 @@ def _op(
     grads: list[bool],
     workspace: int | None,
     reserved: int,
+    skip_below: float,
+    group: str,
 ) -> _Outputs:
-    check_target(target, len(weight))
+    check_target(target, len(weight) + bool(group))  # one past the end: another rank's
     if rows is not None:
         check_index(rows, len(hidden))
-    case, cut = _prepare(hidden, weight, target, rows, softcap, outputs, grads, workspace, reserved)
+    options = (softcap, outputs, grads, workspace, reserved, skip_below)
+    case, cut = _prepare(hidden, weight, target, bias, rows, *options)
     if cut.workspace < cut.needed:
         raise ValueError(f"need a workspace of {cut.needed} bytes, got {cut.workspace}")
     out = _allocate(hidden, target, case, cut, outputs)
-    for padded in out[7:9]:
-        padded[-2:] = 0
-    flat = dict(zip(ROW_OUTPUTS, out, strict=False))
+    out[8][-2:] = 0
+    flat = named_stats(out, outputs.split())
     kept = Kept(out[7], out[8], cut, len(target), len(weight))
-    logits = Logits(weight, bias, temperature, logit_scale, softcap)
+    kept.fill_padding()
+    transform = _transform(bias, temperature, logit_scale, softcap, case)
     names = tuple(outputs.split())
     with full_precision():
-        forward(hidden, target, rows, logits, case, cut, names, flat, kept, out[9])
+        forward(
+            hidden, weight, target, rows, transform, case, cut, names, flat, kept, out[9], group
+        )
     return out
 
 
 @_op.register_fake
 def _(*args: Any) -> _Outputs:
-    hidden, weight, target, _bias, rows, _temperature, _logit_scale, *rest = args
-    case, cut = _prepare(hidden, weight, target, rows, *rest)
+    hidden, weight, target, bias, rows, _stats, _temperature, _logit_scale, *rest, _group = args
+    case, cut = _prepare(hidden, weight, target, bias, rows, *rest)
     return _allocate(hidden, target, case, cut, rest[1])
 
 
@@ -156,24 +180,34 @@ def _op_bwd(
     grads: list[bool],
     workspace: int | None,
     reserved: int,
+    skip_below: float,
+    group: str,
 ) -> list[Tensor]:
-    case, cut = _prepare(hidden, weight, target, rows, softcap, outputs, grads, workspace, reserved)
-    logits = Logits(weight, bias, temperature, logit_scale, softcap)
-    row_grads = RowGrads.of(target, logp, max, log_total, entropy, dlogp, dentropy, logits.factor)
+    options = (softcap, outputs, grads, workspace, reserved, skip_below)
+    case, cut = _prepare(hidden, weight, target, bias, rows, *options)
+    transform = _transform(bias, temperature, logit_scale, softcap, case)
+    row_values = (logp, max, log_total, entropy, dlogp, dentropy)
+    row_grads = RowGrads.of(target, *row_values, transform.slope)
     slabs = Kept(kept, maxima, cut, len(target), len(weight))
+    skip = ActiveColumns(row_grads, skip_below, cut.rows) if case.skips else None
+    args = (hidden, weight, rows, transform, case, cut, row_grads, slabs, skip)
     with full_precision():
-        dX, dW, db = backward_slabs(hidden, rows, logits, case, cut, row_grads, slabs)
+        dX, dW, db = backward_slabs(*args)
+    if dX is not None:
+        sum_over_ranks(dX, group)
     out = [] if dX is None else [_to_hidden(dX, rows, len(hidden), hidden.dtype)]
     out += [] if dW is None else [dW]
-    return out if db is None else [*out, db.to(hidden.dtype)]
+    out += [] if db is None else [db.to(hidden.dtype)]
+    return out if skip is None else [*out, skip.stats(len(weight))]
 
 
 @_op_bwd.register_fake
 def _(*args: Any) -> list[Tensor]:
     hidden, weight, _target, bias, *_ = args
-    grads = args[-3]
+    grads = args[-5]
     shapes = zip((hidden, weight, bias), grads[:3], strict=True)
-    return [x.new_empty(x.shape) for x, wanted in shapes if wanted]
+    out = [x.new_empty(x.shape) for x, wanted in shapes if wanted]
+    return [*out, hidden.new_empty(2, dtype=torch.float32)] if args[-2] > 0 else out
 
 
 @torch.library.custom_op("fastpref::linear_logp_frozen_bwd", mutates_args=())
@@ -185,13 +219,15 @@ def _op_frozen_bwd(
     dentropy: Tensor | None,
     num_rows: int,
     dtype: torch.dtype,
+    group: str,
 ) -> Tensor:
     keep = (target != IGNORE_INDEX)[:, None]
     dX = torch.zeros_like(matrices[0])
     for matrix, g in zip(matrices, (dlogp, dentropy), strict=False):
         if g is not None:
             dX.addcmul_(matrix, g[:, None])
-    return _to_hidden(dX.masked_fill_(~keep, 0.0), rows, num_rows, dtype)
+    sum_over_ranks(dX.masked_fill_(~keep, 0.0), group)
+    return _to_hidden(dX, rows, num_rows, dtype)
 
 
 @_op_frozen_bwd.register_fake
@@ -203,13 +239,14 @@ def _(
     dentropy: Tensor | None,
     num_rows: int,
     dtype: torch.dtype,
+    group: str,
 ) -> Tensor:
     return matrices.new_empty((num_rows, matrices.shape[2]), dtype=dtype)
 
 
 # 3. autograd
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, weight, target, bias, rows, *ctx.options = inputs
+    hidden, weight, target, bias, rows, ctx.skip_stats, *ctx.options = inputs
     logp, top, log_total, entropy, *rest, kept, maxima, matrices = output
     unasked = [] if ctx.options[4][3] else [entropy]
     ctx.mark_non_differentiable(top, log_total, *rest, kept, maxima, matrices, *unasked)
@@ -231,16 +268,18 @@ def _backward(
     dentropy: Tensor | None,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * 12
+    none = (None,) * 15
     if dlogp is None and dentropy is None:
         return none
     if ctx.frozen:
-        args = (*ctx.saved_tensors, dlogp, dentropy, ctx.num_rows, ctx.dtype)
+        args = (*ctx.saved_tensors, dlogp, dentropy, ctx.num_rows, ctx.dtype, ctx.options[-1])
         return (_op_frozen_bwd(*args), *none[1:])
     found = iter(_op_bwd(*ctx.saved_tensors, *ctx.kept, dlogp, dentropy, *ctx.options))
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.kept = None  # freed with this backward; the node itself lives as long as the loss
     d = [next(found) if wanted else None for wanted in ctx.options[4][:3]]
+    if ctx.skip_stats is not None:
+        ctx.skip_stats.copy_(next(found, ctx.skip_stats))
     return (d[0], d[1], None, d[2], *none[4:])
 
 
@@ -273,6 +312,13 @@ def _check(
     integers = [x.dtype for x in (target, rows) if x is not None]
     if set(integers) != {torch.int64}:
         raise TypeError(f"need int64 target and rows, got {', '.join(map(str, integers))}")
+
+
+def _check_skip_stats(skip_stats: Tensor) -> None:
+    if skip_stats.shape != (2,) or skip_stats.dtype != torch.float32:
+        got = f"{tuple(skip_stats.shape)} of {skip_stats.dtype}"
+        raise ValueError(f"need skip_stats (2,) of fp32, got {got}")
+    skip_stats[0], skip_stats[1] = 1.0, 0.0
 
 
 def _live_rows(
@@ -314,6 +360,9 @@ def linear_logp_stats(
     softcap: float | None = None,
     workspace: int | None = None,
     entropy_grad: bool = True,
+    skip_below: float = 0.0,
+    skip_stats: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> TokenStats:
     """Log-probability of each target token and statistics of its distribution, without logits.
 
@@ -338,6 +387,16 @@ def linear_logp_stats(
             the least that works where that is more.
         entropy_grad: whether the entropy is differentiable. With a frozen weight that costs a third
             matrix product.
+        skip_below: in [0, 1); above 0, columns whose probability is smaller in every row (times the
+            entropy's slope where that is above 1 and differentiated) are left out of the gradients
+            of hidden and weight, labels' columns never. Only kept slabs: (1 + 2 f) matrix products
+            instead of 3, f the active fraction, and a host sync for each slab. It bounds entries,
+            not what a row loses: ask for ``skip_stats``.
+        skip_stats: (2,) fp32, which the backward fills with f and with the largest probability that
+            a row lost; 1 and 0 where it is exact.
+        group: the ranks over which weight and bias are cut by vocabulary rows, in the order of the
+            ranks; hidden, target and options are the same on all of them, targets count from 0 in
+            the whole vocabulary. Results and the gradient of hidden are those of the whole weight.
 
     Without ``rows``, ignored rows are found with one host sync and left out; under torch.compile
     they are computed and masked instead.
@@ -366,7 +425,15 @@ def linear_logp_stats(
         for x in (hidden, weight, bias)
     ]
     grads.append(entropy_grad and "entropy" in outputs and any(grads))
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"need skip_below in [0, 1), got {skip_below}")
+    if skip_stats is not None:
+        _check_skip_stats(skip_stats)
+    shards = name_of(group)
+    if shards:
+        y = local_target(y, len(weight), shards)
     options = (temperature, logit_scale, softcap, " ".join(outputs), grads, workspace, reserved)
+    options = (skip_stats, *options, float(skip_below), shards)
     logp, _, _, *stats = _op(hidden, weight, y, bias, rows, *options)
     found = {"logp": logp} | {n: s for n, s in zip(STATS, stats, strict=False) if n in outputs}
     if index is not None:
@@ -386,6 +453,9 @@ def linear_logp(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     workspace: int | None = None,
+    skip_below: float = 0.0,
+    skip_stats: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of each target token, in nats, straight from hidden states.
 
@@ -402,6 +472,9 @@ def linear_logp(
         workspace: bytes that may exist beyond inputs and returned gradients; None: 1 GiB on CUDA,
             256 MiB elsewhere, or the least that works where that is more. See
             :func:`linear_logp_stats`.
+        skip_below: leave columns of smaller probability out of the gradient; see there.
+        skip_stats: (2,) fp32, filled by the backward; see there.
+        group: ranks over which weight and bias are cut by vocabulary rows; see there.
 
     Without ``rows``, ignored rows are found with one host sync and left out; under torch.compile
     they are computed and masked instead.
@@ -428,4 +501,7 @@ def linear_logp(
         logit_scale=logit_scale,
         softcap=softcap,
         workspace=workspace,
+        skip_below=skip_below,
+        skip_stats=skip_stats,
+        group=group,
     ).logp

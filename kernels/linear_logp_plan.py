@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fastpref.kernels.logp_rows_triton import MAX_SLAB
 from fastpref.kernels.product import upcasts
 
 DEFAULT_WORKSPACE = {"cuda": 1 << 30}
 OTHER_WORKSPACE = 256 << 20
-_LEAST_WIDTH = 64  # columns
+_LEAST_WIDTH = 64  # columns: whole words of any dtype
 _ROW_BYTES = 256  # per-row vectors, all of them at once
 _SLACK = 64 << 10  # what does not grow with any size: 0-d tensors, alignment
 
@@ -23,14 +24,16 @@ class Case:
 
     dtype: torch.dtype
     device_type: str
+    backend: str
     grad_hidden: bool
     grad_weight: bool
     grad_bias: bool
     gathers: bool  # rows are given
+    biased: bool
     entropy: bool
     grad_entropy: bool
     capped: bool
-    native: bool  # row functions that read a slab once, in C++
+    skips: bool  # columns, in the products of the backward
 
     @property
     def frozen(self) -> bool:
@@ -51,29 +54,47 @@ class Case:
         return torch.bfloat16 if self.dtype.itemsize == 2 else self.dtype
 
     @property
-    def slabs(self) -> int:
-        """Scratch slabs of a forward: z, exponentials where z is read after them, z uncapped."""
-        two = self.frozen and self.grad_entropy if self.native else self.entropy
-        return 1 + two + (self.frozen and self.capped)
+    def operand(self) -> torch.dtype:
+        """What products take."""
+        return self.wide if upcasts(self.dtype, self.device_type) else self.dtype
 
     @property
-    def slabs_backward(self) -> int:
-        return 2 if not self.native and (self.grad_entropy or self.capped) else 1
+    def fused(self) -> bool:
+        """Row functions read a slab once, and write what the products take."""
+        return self.backend != "torch"
 
     @property
     def row_matrices(self) -> int:
         return 1 + self.grad_entropy if self.frozen else 0
 
+    @property
+    def written(self) -> torch.dtype:
+        """Of the slabs that row functions write for products."""
+        return self.operand if self.fused else self.wide
+
+    @property
+    def slabs(self) -> list[torch.dtype]:
+        """Scratch slabs of a forward: products; what is written beside them; torch's spare."""
+        if not self.fused:
+            return [self.wide] * (1 + self.entropy + (self.frozen and self.capped))
+        beside = self.row_matrices - (self.operand == self.wide)
+        return [self.wide, *[self.operand] * max(0, beside)]
+
 
 @dataclass(frozen=True)
 class Plan:
-    rows: int  # of a tile in the forward
-    rows_backward: int
-    width: int  # columns of a slab
+    rows: int  # of a tile of products before the softmax
+    rows_backward: int  # of a tile of products after it
+    width: int  # columns of a slab, whole words
     kept: int  # slabs kept for the backward
     kept_columns: int  # of all kept slabs together
     needed: int  # least workspace in bytes
     workspace: int
+
+
+def pitch(columns: int) -> int:
+    """Elements from row to row of a slab."""
+    return (columns + _LEAST_WIDTH - 1) // _LEAST_WIDTH * _LEAST_WIDTH
 
 
 def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, reserved: int) -> Plan:
@@ -82,19 +103,19 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
     half = case.dtype.itemsize == 2
     size, wide = case.dtype.itemsize, case.wide.itemsize
     upcast = upcasts(case.dtype, case.device_type)
-    cast = half and not upcast  # products take gradients in the input dtype
+    casts = case.operand != case.wide  # products take gradients in the input dtype
 
-    # a CPU's tile stays in its caches; on CUDA one product per slab of dW reads all rows
-    rows = torch.sym_min(M, 2048 if cuda else 1024)
+    # products before the softmax stay in the cache; on CUDA one product per slab of dW reads all
+    rows = torch.sym_min(M, 1024)
     rows_backward = M if cuda else rows
 
     # bytes per row of a tile's hidden states, then per column of a tile, then for all rows
     x_row = H * ((size if case.gathers else 0) + (wide if upcast else 0))
     # C++ holds a row of a slab, or two, in each thread
-    threads = torch.get_num_threads() * (1 + case.grad_entropy) if case.native else 0
-    column = (
-        threads * wide + rows * (case.slabs * wide + (size if cast else 0)) + H * wide * upcast + 1
-    )
+    threads = torch.get_num_threads() * (1 + case.grad_entropy) if case.backend == "cpp" else 0
+    slab = sum(dtype.itemsize for dtype in case.slabs)
+    slab = slab + (size if casts and not case.fused else 0)
+    column = threads * wide + rows * slab + H * wide * upcast + 1
     fixed = rows * x_row
     if case.frozen:
         fixed = fixed + rows * H * 3 * wide + case.row_matrices * M * H * wide
@@ -102,31 +123,34 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
         spread = M * H * (wide + size) if half and case.gathers else 0
         fixed = torch.sym_max(fixed, case.row_matrices * M * H * wide + scaled + spread)
     if case.by_slab:
-        back = (
-            rows_backward * (case.slabs_backward * wide + (size if cast else 0)) + H * wide * upcast
-        )
-        back = back + (H * wide if half and case.grad_weight else 0)
+        spare = wide * (not case.fused and (case.grad_entropy or case.capped))
+        cast = size if casts and not case.fused else 0
+        back = rows_backward * (case.written.itemsize + spare + cast) + H * wide * upcast
+        back = back + rows * wide * (case.fused and casts)
+        back = back + (H * wide if upcast and case.grad_weight else 0)
+        if case.skips:  # probabilities; gradient, weight and its gradient in the active columns
+            back = back + rows * wide * (2 + 2 * case.grad_entropy) + 64
+            back = back + (rows_backward + H) * case.operand.itemsize + H * (wide + size)
         column = torch.sym_max(column, back)
         sums = M * H * wide if case.grad_hidden and (half or case.gathers) else 0
         spread = M * H * (wide + size) if half and case.gathers and case.grad_hidden else 0
         fixed = torch.sym_max(fixed, sums + torch.sym_max(M * x_row, spread))
-    fixed = fixed + M * _ROW_BYTES + N * 8 * case.gathers + V * wide * case.grad_bias
-    fixed = fixed + reserved + _SLACK
+    fixed = fixed + M * _ROW_BYTES + N * 8 * case.gathers
+    fixed = fixed + V * wide * (case.grad_bias + (case.biased and half)) + reserved + _SLACK
 
-    least = min(V, _LEAST_WIDTH)
-    needed = fixed + column * least
+    needed = fixed + column * _LEAST_WIDTH
     if workspace is None:
         workspace = DEFAULT_WORKSPACE.get(case.device_type, OTHER_WORKSPACE)
         workspace = torch.sym_max(workspace, needed)
-    # on CUDA a tile without dW stays in the L2 cache
-    tile = (96 << 20 if case.by_slab else 32 << 20) if cuda else 3 << 20
-    # half of the room at most: the other half keeps slabs
-    room = torch.sym_min(tile, (workspace - fixed) // 2)
-    width = torch.sym_min(V, torch.sym_max(least, room // (column * 64) * 64))
+    room = workspace - fixed
+    if not cuda:  # a tile in the caches; half of the room at most: the other half keeps slabs
+        room = torch.sym_min(3 << 20, room // 2)
+    width = torch.sym_max(_LEAST_WIDTH, room // (column * _LEAST_WIDTH) * _LEAST_WIDTH)
+    width = torch.sym_min(min(pitch(V), MAX_SLAB), width)
     kept = kept_columns = 0
     if case.by_slab:
         per_slab = M * (width * case.kept_dtype.itemsize + wide) + 1
         free = torch.sym_max(0, workspace - fixed - column * width)
         kept = torch.sym_min((V + width - 1) // width, free // per_slab)
-        kept_columns = torch.sym_min(V, kept * width)
+        kept_columns = torch.sym_min(pitch(V), kept * width)
     return Plan(rows, rows_backward, width, kept, kept_columns, needed, workspace)

@@ -1,7 +1,7 @@
 """Token statistics from logits: logp[n] = z[n, y[n]] - logsumexp(z[n, :]).
 
-z = logits / temperature; N rows, V vocabulary. The row functions of logp_rows on copies of slabs,
-or in C++ on the logits in place.
+z = logits / temperature; N rows, V vocabulary. The row functions of logp_rows on the logits in
+place, in plain torch on copies of slabs.
 """
 
 from collections.abc import Iterator
@@ -10,15 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.kernels.logp_rows import (
-    IGNORE_INDEX,
-    RowGrads,
-    Rows,
-    native_gradient,
-    slab_gradient,
-    tiles,
-)
-from fastpref.kernels.native import has_native
+from fastpref.kernels.backend import choose
+from fastpref.kernels.logits import IGNORE_INDEX, Transform, check_target, tiles
+from fastpref.kernels.logp_rows import RowGrads, Rows, gradient_rows
 
 STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
 _LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -60,54 +54,44 @@ def stats_from_logits_ref(
 
 
 # 2. ops
-def check_target(target: Tensor, num_columns: int) -> None:
-    """Refuse labels that would index memory; on the CPU only, where it costs no sync."""
-    if target.device.type == "cpu" and target.numel():
-        bad = ((target < 0) & (target != IGNORE_INDEX)) | (target >= num_columns)
-        if bad.any():
-            got = int(target[bad][0])
-            raise ValueError(f"need targets in [0, {num_columns}) or {IGNORE_INDEX}, got {got}")
-
-
-def _matrices(*xs: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """(..., V) tensors as (N, V) views: one of each where strides allow it, else one per index."""
+def _parts(backend: str, *xs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(..., V) tensors as views of their rows in order: (N, V), for Triton also (B, T, V)."""
     x = xs[0]
     if x.ndim == 1:
         yield tuple(x[None] for x in xs)
-    elif x.ndim == 2:
+    elif x.ndim == 2 or (x.ndim == 3 and backend == "triton"):
         yield xs
     elif all(x.stride(0) == x.shape[1] * x.stride(1) for x in xs):
-        yield from _matrices(*(x.flatten(0, 1) for x in xs))
+        yield from _parts(backend, *(x.flatten(0, 1) for x in xs))
     else:
         for parts in zip(*(x.unbind(0) for x in xs), strict=True):
-            yield from _matrices(*parts)
+            yield from _parts(backend, *parts)
 
 
-def _blocks(native: bool, *xs: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
-    """First and last flat row, and the (R, V) views: all rows that strides allow for C++, which
-    reads them in place, else as many as fit torch's scratch slab.
-    """
+def _blocks(backend: str, *xs: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Flat rows, and views of them: all that strides allow, for torch what its slab holds."""
     done = 0
-    for matrices in _matrices(*xs):
-        N, V = matrices[0].shape
-        for r0, r1 in tiles(N, N if native else max(1, _TILE // V)):
-            yield done + r0, done + r1, tuple(x[r0:r1] for x in matrices)
+    for parts in _parts(backend, *xs):
+        N, V = parts[0].shape[:-1].numel(), parts[0].shape[-1]
+        if backend != "torch":
+            yield slice(done, done + N), parts
+        else:
+            for r0, r1 in tiles(N, max(1, _TILE // V)):
+                yield slice(done + r0, done + r1), tuple(x[r0:r1] for x in parts)
         done += N
 
 
 class _Scratch:
-    """Torch's slabs: none where C++ needs none."""
+    """Torch's slabs."""
 
-    def __init__(self, logits: Tensor, native: bool, count: int) -> None:
+    def __init__(self, logits: Tensor, count: int) -> None:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        size = 0 if native else min(_TILE, logits.numel())
-        self.slabs = logits.new_empty((count, size), dtype=wide)
+        self.slabs = logits.new_empty((count, min(_TILE, logits.numel())), dtype=wide)
 
-    def of(self, part: Tensor) -> tuple[Tensor, ...]:
-        """A copy of ``part``, then slabs of its shape; the last twice where there is but one."""
-        views = [slab[: part.numel()].view(part.shape) for slab in self.slabs]
-        views[0].copy_(part)
-        return views[0], views[-1]
+    def of(self, part: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A copy of ``part``, and a second slab of its shape where there is one."""
+        first, *others = (slab[: part.numel()].view(part.shape) for slab in self.slabs)
+        return first.copy_(part), others[0] if others else None
 
 
 ROW_OUTPUTS = ("logp", "max", "log_total", *STATS)
@@ -124,6 +108,12 @@ def empty_stats(like: Tensor, dtype: torch.dtype, outputs: list[str]) -> tuple[T
     return tuple(out)
 
 
+def named_stats(stats: tuple[Tensor, ...], outputs: list[str]) -> dict[str, Tensor]:
+    """ROW_OUTPUTS by name, flat, without what was not asked for."""
+    named = zip(ROW_OUTPUTS, stats, strict=False)
+    return {k: s.view(-1) for k, s in named if k not in STATS or k in outputs}
+
+
 _Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -134,19 +124,19 @@ def _op(logits: Tensor, target: Tensor, temperature: float, outputs: str, inplac
     check_target(target, V)
     wide = torch.promote_types(logits.dtype, torch.float32)
     stats = empty_stats(target, wide, names)
-    flat = dict(zip(ROW_OUTPUTS, (s.view(-1) for s in stats), strict=True))
-    y, native = target.reshape(-1), has_native(logits.device.type)
-    scratch = _Scratch(logits, native, 1 + ("entropy" in names))
-    for r0, r1, (block,) in _blocks(native, logits):
-        rows = Rows(y[r0:r1], wide, tuple(names))
-        if native:
-            rows.add(block, 0, None, scale=1 / temperature)
-        else:
+    flat = named_stats(stats, names)
+    y, backend = target.reshape(-1), choose(logits.device.type, logits.dtype)
+    transform = Transform(1 / temperature)
+    scratch = _Scratch(logits, 1 + ("entropy" in names)) if backend == "torch" else None
+    for part, (block,) in _blocks(backend, logits):
+        rows = Rows(y[part], wide, tuple(names), backend)
+        if scratch is not None:
             for c0, c1 in tiles(V, _TILE):
                 slab, spare = scratch.of(block[:, c0:c1])
-                rows.add(slab, c0, spare, scale=1 / temperature)
-        for name, value in rows.finish(V).items():
-            flat[name][r0:r1] = value
+                rows.add(slab, c0, transform, exps=spare)
+        else:
+            rows.read(block, transform.scale)
+        rows.finish(V, {name: value[part] for name, value in flat.items()})
     return stats
 
 
@@ -170,19 +160,20 @@ def _write_gradient(
 ) -> None:
     flat = (None if x is None else x.reshape(-1) for x in (logp, max, log_total, entropy, dlogp))
     y, h = target.reshape(-1), None if dentropy is None else dentropy.reshape(-1)
-    grads = RowGrads.of(y, *flat, h, 1 / temperature)
-    native = has_native(logits.device.type)
-    scratch = _Scratch(logits, native, 1 + grads.with_entropy)
+    transform = Transform(1 / temperature)
+    grads = RowGrads.of(y, *flat, h, transform.slope)
+    backend = choose(logits.device.type, logits.dtype)
+    scratch = _Scratch(logits, 1 + grads.with_entropy) if backend == "torch" else None
     keep = (y != IGNORE_INDEX)[:, None]
-    for r0, r1, (block, dest) in _blocks(native, logits, out):
-        part = grads.rows(r0, r1)
-        if native:
-            native_gradient(block, 0, part, dest, scale=1 / temperature)
+    for part, (block, dest) in _blocks(backend, logits, out):
+        rows = grads.rows(part)
+        if scratch is None:
+            gradient_rows(block, 0, rows, dest, transform, backend, slab=False)
             continue
         for c0, c1 in tiles(logits.shape[-1], _TILE):
             slab, spare = scratch.of(block[:, c0:c1])
-            slab_gradient(slab.mul_(1 / temperature), c0, part, spare=spare)
-            slab.masked_fill_(~keep[r0:r1], 0.0)  # padding may hold NaN, and 0 * NaN is NaN
+            gradient_rows(slab, c0, rows, slab, transform, backend, spare=spare)
+            slab.masked_fill_(~keep[part], 0.0)  # padding may hold NaN, and 0 * NaN is NaN
             dest[:, c0:c1].copy_(slab)
 
 

@@ -1,4 +1,4 @@
-"""The one matrix product of the kernels: fp32 sums whatever the inputs, never TF32."""
+"""The one matrix product of the kernels: sums in fp32 whatever the inputs, never TF32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,26 +21,28 @@ def operand(x: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch TF32 and bf16 products of fp32 inputs off for the products inside."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [b.fp32_precision for b in backends]
+    """Inside, fp32 products are no TF32 or bf16 ones, and half-precision ones sum in fp32."""
+    matmul = torch.backends.cuda.matmul
+    settings = [
+        (matmul, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+        (matmul, "allow_bf16_reduced_precision_reduction", False),
+        (matmul, "allow_fp16_reduced_precision_reduction", False),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in settings]
     try:
-        for b in backends:
-            b.fp32_precision = "ieee"
+        for owner, name, value in settings:
+            setattr(owner, name, value)
         yield
     finally:
-        for b, value in zip(backends, before, strict=True):
-            b.fp32_precision = value
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
 
 
-def product(
-    a: Tensor, b: Tensor, *, out: Tensor, alpha: float = 1.0, accumulate: bool = False
-) -> Tensor:
-    """``out = alpha * a @ b``, or ``out += alpha * a @ b``, in the fp32 or fp64 of ``out``."""
-    beta = 1.0 if accumulate else 0.0
+def product(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) -> Tensor:
+    """``out = a @ b``, or ``out += a @ b``: rounded to the dtype of ``out`` once, after the sum."""
     if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+        return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     if accumulate:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, out=out)
-    torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out if alpha == 1.0 else out.mul_(alpha)
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)

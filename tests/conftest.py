@@ -9,6 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is decorated
+
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):

@@ -1,9 +1,9 @@
-"""On the CPU every op is tested twice: with its C++ row functions and in plain torch."""
+"""On the CPU every op is tested three times: in C++, in plain torch, in interpreted Triton."""
 
 import pytest
 import torch
 
-BACKENDS = [None] if torch.cuda.is_available() else ["cpp", "torch"]
+BACKENDS = [None] if torch.cuda.is_available() else ["cpp", "torch", "triton"]
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)
@@ -11,3 +11,10 @@ def backend(request, monkeypatch):
     if request.param:
         monkeypatch.setenv("FASTPREF_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture
+def quick(backend):
+    """For tests of hundreds of rows, of which the interpreter takes one at a time."""
+    if backend == "triton":
+        pytest.skip("minutes in the interpreter")

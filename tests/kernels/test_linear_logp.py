@@ -12,7 +12,7 @@ DEV = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def make(N=9, H=24, V=301, M=None, dtype=torch.float32, bias=False, scale=0.5, seed=0):
+def make(N=9, H=24, V=203, M=None, dtype=torch.float32, bias=False, scale=0.5, seed=0):
     gen = torch.Generator().manual_seed(seed)
     inputs = {
         "hidden": torch.randn(N, H, generator=gen),
@@ -49,7 +49,7 @@ def run(fn, inputs, dtype=None, frozen=False, entropy=True, **options):
 
 OPTIONS = {
     "plain": {},
-    "bent": {"temperature": 0.7, "logit_scale": 1.5, "softcap": 3.0},
+    "bent": {"temperature": 0.7, "logit_scale": 1.5, "softcap": 6.0},
     "scaled": {"temperature": 1.3, "logit_scale": 0.25},
 }
 
@@ -60,7 +60,7 @@ OPTIONS = {
 @pytest.mark.parametrize("entropy", [False, True], ids=["logp", "entropy"])
 @pytest.mark.parametrize("workspace", [None, "least"])
 def test_no_worse_than_torch(dtype, options, frozen, entropy, workspace):
-    for bias, M in ((False, None), (True, 33)):
+    for bias, M in ((False, None), (True, 13)):
         inputs = make(M=M, dtype=dtype, bias=bias)
         cut = {}
         if workspace == "least":
@@ -76,12 +76,20 @@ def test_no_worse_than_torch(dtype, options, frozen, entropy, workspace):
             assert_no_worse(ours, torchs, truth)
 
 
-@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 1), (7, 3, 2), (1100, 5, 67), (2, 8, 9001)])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_sizes_of_one_odd_and_past_one_tile(N, H, V, frozen):
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 1), (7, 3, 2), (2, 8, 9001)])
+def test_sizes_of_one_odd_and_past_one_slab(N, H, V, frozen):
     inputs = make(N, H, V)
     if N == 1:
         inputs["target"].fill_(V - 1)
+    sides = [run(linear_logp_ref, inputs, dtype, frozen) for dtype in (None, torch.float64)]
+    assert_no_worse(run(linear_logp_stats, inputs, None, frozen), *sides)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_more_rows_than_a_tile(frozen):
+    inputs = make(1100, 5, 67)
     sides = [run(linear_logp_ref, inputs, dtype, frozen) for dtype in (None, torch.float64)]
     assert_no_worse(run(linear_logp_stats, inputs, None, frozen), *sides)
 
@@ -210,9 +218,9 @@ def test_nothing_to_score(frozen):
 
 
 def test_repeated_rows_are_the_same_in_every_run():
-    inputs = make(6, 64, 500, M=300, dtype=torch.bfloat16)
+    inputs = make(6, 64, 500, M=60, dtype=torch.bfloat16)
     first = run(linear_logp_stats, inputs)
-    for _ in range(3):
+    for _ in range(2):
         assert_same(run(linear_logp_stats, inputs), first)
 
 
@@ -255,12 +263,13 @@ def test_op_registration(grads, softcap, rows):
     x = make(7, 8, 70, M=9 if rows else None, bias=True)
     for wanted, name in zip(grads, ("hidden", "weight", "bias"), strict=True):
         x[name].requires_grad_(wanted)
-    tensors = (x["hidden"], x["weight"], x["target"], x["bias"], x["rows"])
+    tensors = (x["hidden"], x["weight"], x["target"], x["bias"], x["rows"], None)
     for entropy in {False, grads[0]}:
-        options = ("entropy is_top1", [*grads, entropy], None, 0)
+        options = ("entropy is_top1", [*grads, entropy], None, 0, 0.0, "")
         opcheck(_op, (*tensors, 0.7, 1.5, softcap, *options))
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("rows", [False, True], ids=["padded", "rows"])
 def test_one_compiled_graph_serves_every_length(rows):
     torch._dynamo.reset()

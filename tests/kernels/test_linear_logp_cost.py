@@ -7,8 +7,10 @@ import torch
 from compare import assert_same
 from torch.profiler import ProfilerActivity, profile
 
-import fastpref.kernels.linear_logp_torch as loops
+import fastpref.kernels.linear_logp_loops as loops
 from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 M, H, V = 96, 64, 6000
 LOGITS = M * V * 4  # bytes of fp32 logits

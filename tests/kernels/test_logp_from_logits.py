@@ -54,12 +54,25 @@ def test_no_worse_than_torch(shape, V, dtype, temperature):
 
 @pytest.mark.usefixtures("tile")
 def test_strided_views_are_read_in_place():
-    logits, target = make(3, 5, V=70)
+    logits, target = make(3, 5, V=72)  # whole words: sums do not depend on where a row starts
     want = run(logp_stats_from_logits, logits[:, :-1].contiguous(), target[:, 1:])
     assert_same(run(logp_stats_from_logits, logits[:, :-1], target[:, 1:]), want)
     turned = logits.transpose(0, 1).contiguous().transpose(0, 1)
     got = run(logp_stats_from_logits, turned[:, :-1], target[:, 1:])
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_start_inside_a_word(dtype):
+    base, target = make(4, 5, V=71, dtype=dtype)
+    cuts = [lambda x: x[:, 1:], lambda x: x[1:, ::2], lambda x: x[:, 1:, 1:70], lambda x: x[1, 2:]]
+    for cut in cuts:
+        logits, y = cut(base), cut(target[..., None].expand_as(base))[..., 0]
+        y = torch.where(y < logits.shape[-1], y, 0)
+        got = run(logp_stats_from_logits, logits, y)
+        torchs = run(stats_from_logits_ref, logits, y)
+        assert_no_worse(got, torchs, run(stats_from_logits_ref, logits.double(), y))
 
 
 @pytest.mark.usefixtures("tile")
@@ -152,8 +165,8 @@ def test_strides_of_target_and_overlapping_logits():
         some = logits[:, :2].contiguous()
         want = run(logp_stats_from_logits, some, turn(target).contiguous())
         assert_same(run(logp_stats_from_logits, some, turn(target)), want)
-    windows = torch.randn(7, generator=torch.Generator().manual_seed(0)).to(DEV).unfold(0, 5, 1)
-    labels = torch.tensor([0, 4, 2], device=DEV)
+    windows = torch.randn(72, generator=torch.Generator().manual_seed(0)).to(DEV).unfold(0, 70, 1)
+    labels = torch.tensor([0, 69, 2], device=DEV)
     sides = [run(stats_from_logits_ref, x, labels) for x in (windows, windows.double())]
     assert_no_worse(run(logp_stats_from_logits, windows, labels), *sides)
 

@@ -1,7 +1,8 @@
-"""The row functions of csrc/ for CPU tensors, compiled when they are first needed and then cached.
+"""Which implementation of the row functions runs: Triton on CUDA, C++ on the CPU, else torch.
 
-FASTPREF_BACKEND=torch leaves them out, FASTPREF_BACKEND=cpp stops where they cannot be had; without
-it plain torch stands in, with one warning.
+FASTPREF_BACKEND=torch|cpp|triton forces one, and stops where that cannot be had. The C++ of csrc/
+is compiled when it is first needed and then cached; where that fails plain torch stands in, with
+one warning. fp64 on CUDA, which is for checks of gradients, always runs in torch.
 """
 
 import functools
@@ -15,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import triton
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "logp_rows.cpp"
 _VECTORS = {
@@ -23,18 +25,24 @@ _VECTORS = {
 }
 
 
-def backend() -> str | None:
-    """FASTPREF_BACKEND, None where it is not set; ValueError for a name that is none."""
+def choose(device_type: str, dtype: torch.dtype) -> str:
+    """ "torch", "cpp" or "triton" for tensors of this device and dtype.
+
+    ValueError: FASTPREF_BACKEND names none, or one that has nothing for this device.
+    """
     name = os.environ.get("FASTPREF_BACKEND") or None
-    if name not in (None, "torch", "cpp"):
-        raise ValueError(f"need FASTPREF_BACKEND torch or cpp, got {name!r}")
-    return name
-
-
-def has_native(device_type: str) -> bool:
-    """Whether the C++ row functions run on tensors of this device."""
-    name = backend()
-    return device_type == "cpu" and _loaded(name)
+    if name not in (None, "torch", "cpp", "triton"):
+        raise ValueError(f"need FASTPREF_BACKEND torch, cpp or triton, got {name!r}")
+    if name == "cpp" and device_type != "cpu":
+        raise ValueError(f"need tensors on the CPU for FASTPREF_BACKEND=cpp, got {device_type}")
+    if name == "triton" and device_type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            "need CUDA tensors (or TRITON_INTERPRET=1, for tests) for FASTPREF_BACKEND=triton, got "
+            f"{device_type}"
+        )
+    if name == "triton" or (name is None and device_type == "cuda"):
+        return "torch" if dtype == torch.float64 else "triton"
+    return "cpp" if device_type == "cpu" and _loaded(name) else "torch"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The C++ row functions: compiled once, and never silently left out."""
+"""Which row functions run: the C++ is compiled once, and nothing falls back silently."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpref.kernels import native
+from fastpref.kernels import backend as module
 from fastpref.kernels.logp_from_logits import logp_from_logits
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 def backend(monkeypatch):
     """As it is without any choice, and with nothing compiled."""
     monkeypatch.delenv("FASTPREF_BACKEND", raising=False)
-    native._loaded.cache_clear()
+    module._loaded.cache_clear()
     yield
-    native._loaded.cache_clear()
+    module._loaded.cache_clear()
 
 
 @pytest.fixture
@@ -62,18 +62,18 @@ def test_what_was_compiled_is_used_again(empty_cache, monkeypatch):
         return run(*args, **kwargs)
 
     monkeypatch.setattr(subprocess, "run", counted)
-    first = native.compiled()
-    assert native.compiled() == first
+    first = module.compiled()
+    assert module.compiled() == first
     assert len(calls) == 1
     assert [path.suffix for path in empty_cache.iterdir()] == [".so"]
     monkeypatch.setattr(torch, "__version__", "another")
-    assert native.compiled() != first
+    assert module.compiled() != first
     assert len(calls) == 2
 
 
 def test_names_of_backends(monkeypatch):
     monkeypatch.setenv("FASTPREF_BACKEND", "tritn")
-    with pytest.raises(ValueError, match="need FASTPREF_BACKEND torch or cpp, got 'tritn'"):
+    with pytest.raises(ValueError, match="need FASTPREF_BACKEND torch, cpp or triton, got 'tritn'"):
         logp_from_logits(torch.zeros(2, 4), torch.tensor([1, 2]))
 
 

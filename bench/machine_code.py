@@ -1,0 +1,261 @@
+"""What the Triton kernels become on a GPU, read without one; and the bound that this sets.
+
+``python -m bench.machine_code [--sm 80 90 100] [--json]`` compiles every kernel as the ops launch
+it and reads registers, spills, load widths and instructions off the machine code. Bytes an element
+are counted by hand: what a launch reads and writes of its slab. Branches that few blocks take are
+counted too. Static: says nothing of caches or time.
+"""
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastpref.kernels import logp_rows_triton as module
+from fastpref.kernels.logits import Transform
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+# one H200: bytes a second as measured for a copy; lanes a second of 132 SMs at 1.755 GHz
+BYTES, LANES, EXPONENTIALS = 4.3e12, 132 * 128 * 1.755e9, 132 * 16 * 1.755e9
+BF16, FP32 = torch.bfloat16, torch.float32
+R = 16  # rows: a launch's code does not depend on them
+WIDTH = module.MAX_SLAB
+
+
+def slab(dtype, columns=WIDTH):
+    return torch.empty(R, -(-columns // 64) * 64, dtype=dtype)[:, :columns]
+
+
+def logits(V, dtype=BF16):
+    return torch.empty(R, V, dtype=dtype)
+
+
+def forward(raw, transform=Transform(), outputs=(), **written):  # noqa: B008 an immutable tuple
+    options = {"exps": None, "weighted": None, "slopes": False, "shift": None} | written
+    state, target = torch.empty(8, R), torch.zeros(R, dtype=torch.int64)
+    module.slab_rows(raw, WIDTH, target, state, transform, outputs, **options)
+
+
+def stream(logits, outputs=()):
+    state, target = torch.empty(8, R), torch.zeros(R, dtype=torch.int64)
+    module.stream_rows(logits, target, state, 1.0, outputs)
+
+
+def gradient(source, out, entropy=False, transform=Transform(), **options):  # noqa: B008
+    values, target = torch.empty(6 if entropy else 4, R), torch.zeros(R, dtype=torch.int64)
+    module.gradient_rows(source, 0, target, values, out, transform, **options)
+
+
+def finish():
+    out = {"is_top1": torch.empty(R, dtype=torch.bool)}
+    names = ("logp", "max", "log_total", "entropy", "mean_logit", "log_sum_sq_probs")
+    out |= {name: torch.empty(R) for name in names}
+    module.finish_rows(torch.empty(8, R), torch.zeros(R, dtype=torch.int64), 128_256, out)
+
+
+BENT = Transform(1.5, 30.0, torch.empty(WIDTH))
+ALL = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
+SHIFT = torch.empty(R)
+# name: launch, bytes an element
+CASES = {
+    "forward, no gradient": (lambda: forward(slab(FP32)), 4),
+    "forward, kept": (lambda: forward(slab(FP32), exps=slab(BF16), shift=SHIFT), 6),
+    "forward, kept, odd V": (
+        lambda: forward(slab(FP32, 5377), exps=slab(BF16, 5377), shift=SHIFT),
+        6,
+    ),
+    "forward, kept, all statistics": (
+        lambda: forward(slab(FP32), BENT, ALL, exps=slab(BF16), shift=SHIFT),
+        6,
+    ),
+    "forward, frozen": (lambda: forward(slab(FP32), exps=slab(BF16), slopes=True), 6),
+    "forward, frozen, entropy, softcap": (
+        lambda: forward(slab(FP32), BENT, ALL, exps=slab(BF16), weighted=slab(BF16), slopes=True),
+        8,
+    ),
+    "forward, frozen, fp32": (lambda: forward(slab(FP32), exps=slab(FP32), slopes=True), 8),
+    "backward, kept": (lambda: gradient(slab(BF16), slab(BF16), shift=SHIFT), 4),
+    "backward, kept, fp16": (lambda: gradient(slab(BF16), slab(torch.float16), shift=SHIFT), 4),
+    "backward, recomputed": (lambda: gradient(slab(FP32), slab(BF16)), 6),
+    "backward, recomputed, entropy, softcap": (
+        lambda: gradient(slab(FP32), slab(BF16), True, BENT),
+        6,
+    ),
+    "backward, fp32": (lambda: gradient(slab(FP32), slab(FP32)), 8),
+    "logits": (lambda: stream(logits(128_256)), 2),
+    "logits, odd V": (lambda: stream(logits(50_257)), 2),
+    "logits, all statistics": (lambda: stream(logits(128_256), ALL), 2),
+    "logits, fp32": (lambda: stream(logits(128_256, FP32)), 4),
+    "logits, backward": (lambda: gradient(logits(128_256), logits(128_256), slab=False), 4),
+    "logits, backward, odd V": (lambda: gradient(logits(50_257), logits(50_257), slab=False), 4),
+    "logits, backward, odd V, from other words": (
+        lambda: gradient(logits(50_258)[:, :-1], logits(50_257), slab=False),
+        4,
+    ),
+    "finish": (finish, 0),
+}
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its one launch."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **options):
+        names = self.kernel.arg_names
+        self.options = {k: v for k, v in options.items() if k not in names}
+        self.values = dict(zip(names, args, strict=False))
+        self.values |= {k: v for k, v in options.items() if k in names}
+
+    def compile(self, capability):
+        """As Triton's own launcher specialises the values that came."""
+        signature, constants, attrs = {}, {}, {}
+        compile_time = {p.name for p in self.kernel.params if p.is_constexpr}
+        for i, name in enumerate(self.kernel.arg_names):
+            value = self.values[name]
+            kind, divisible = described(value)
+            if name in compile_time or value is None or (kind == "i32" and value == 1):
+                signature[name], constants[(i,)] = "constexpr", value
+                continue
+            signature[name] = kind
+            if divisible:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attrs)
+        return triton.compile(source, GPUTarget("cuda", capability, 32), self.options)
+
+
+def described(value):
+    """Triton's name of a runtime value's type, and whether it is divisible by 16."""
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    return "constexpr", False
+
+
+def compiled(launch, capability):
+    """The compiled kernel of a launch."""
+    kernels = [name for name in vars(module) if name.endswith("_rows") and name[0] == "_"]
+    real = {name: getattr(module, name) for name in kernels}
+    try:
+        for name, kernel in real.items():
+            setattr(module, name, Recorder(kernel))
+        launch()
+        recorders = [getattr(module, name) for name in kernels]
+    finally:
+        for name, kernel in real.items():
+            setattr(module, name, kernel)
+    (recorder,) = (r for r in recorders if hasattr(r, "values"))
+    return recorder, recorder.compile(capability)
+
+
+def instructions(sass):
+    """(address, name, operands) of each instruction."""
+    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);", re.M)
+    found = [(int(address, 16), name, rest) for address, name, rest in line.findall(sass)]
+    return [row for row in found if row[1] != "NOP"]
+
+
+def loop(code):
+    """The longest stretch that a branch leads back over; all where there is none."""
+    ends = [
+        (int(m[1], 16), at)
+        for at, name, rest in code
+        if name == "BRA" and (m := re.search(r"0x([0-9a-f]+)", rest))
+    ]
+    start, end = max(ends, key=lambda x: x[1] - x[0], default=(0, 0))
+    body = [row for row in code if start <= row[0] <= end]
+    return body if start < end else code
+
+
+def measure(case, capability):
+    """A row of the table."""
+    launch, bytes_moved = CASES[case]
+    recorder, kernel = compiled(launch, capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.check_output([CUOBJDUMP, flag, file.name], text=True)
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    code = instructions(sass)
+    named = re.compile(r"(LDG|STG|LDL|STL|MUFU|HGMMA|HMMA|ATOM|RED)\b")
+    counts = collections.Counter(name for _, name, _ in code if named.match(name))
+    row = {
+        "case": case,
+        "kernel": recorder.kernel.__name__,
+        "sm": capability,
+        "registers": int(found["REG"]),
+        "stack_bytes": int(found["STACK"]),
+        "instructions": dict(counts),
+    }
+    block = recorder.values.get("BLOCK_V")
+    if block is None:
+        return row
+    elements = block / (32 * recorder.options["num_warps"])  # of one thread and one pass
+    body = loop(code)
+    steps = len(body) / elements
+    exps = sum(name.startswith("MUFU") for _, name, _ in body) / elements
+    picoseconds = {
+        "memory": bytes_moved / BYTES,
+        "instructions": steps / LANES,
+        "exponentials": exps / EXPONENTIALS,
+    }
+    bound = max(picoseconds, key=picoseconds.get)
+    return row | {
+        "warps": recorder.options["num_warps"],
+        "bytes_per_element": bytes_moved,
+        "instructions_per_element": round(steps, 1),
+        "h200_ps_per_element": {k: round(1e12 * v, 2) for k, v in picoseconds.items()},
+        "h200_bound": bound,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sm", type=int, nargs="+", default=[90])
+    parser.add_argument("--json", action="store_true", help="whole rows, a line each")
+    args = parser.parse_args()
+    if not args.json:
+        print("| case | sm | registers | spills | B | instructions | ps on an H200 | bound |")
+        print("|---|---|---|---|---|---|---|---|")
+    for capability in args.sm:
+        for case in CASES:
+            row = measure(case, capability)
+            if args.json:
+                print(json.dumps(row), flush=True)
+            elif "h200_bound" in row:
+                times = row["h200_ps_per_element"]
+                print(
+                    f"| {case} | {capability} | {row['registers']} | {row['stack_bytes']} | "
+                    f"{row['bytes_per_element']} | {row['instructions_per_element']} | "
+                    f"{' / '.join(map(str, times.values()))} | {row['h200_bound']} |"
+                )
+
+
+if __name__ == "__main__":
+    main()
