@@ -1,5 +1,9 @@
-"""The one tolerance rule: no worse than twice plain torch in the same dtype, plus one ulp."""
+"""The one tolerance rule: no worse than twice plain torch in the same dtype, plus one ulp.
 
+And what else tests of kernels ask of results.
+"""
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,3 +32,10 @@ def ulps(ours: Tensor, truth: Tensor) -> float:
     eps = torch.finfo(ours.dtype).eps
     exponent = torch.floor(torch.log2(truth.abs().clamp(min=torch.finfo(ours.dtype).tiny)))
     return float(((ours.double() - truth).abs() / (eps * torch.exp2(exponent))).max())
+
+
+def least_workspace(fn, *args, **options) -> int:
+    """The fewest bytes with which ``fn`` works, as it says itself."""
+    with pytest.raises(ValueError, match=r"need a workspace of \d+ bytes, got 1") as error:
+        fn(*args, workspace=1, **options)
+    return int(str(error.value).split(" bytes")[0].split()[-1])

@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is decorated
 
 
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """``-m gpu`` takes the tests that need a GPU and, where there is one, all that run on it."""

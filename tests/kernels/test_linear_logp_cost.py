@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from compare import assert_same
+from compare import assert_same, least_workspace
 from torch.profiler import ProfilerActivity, profile
 
 import fastpref.kernels.linear_logp_loops as loops
@@ -24,12 +24,6 @@ def leaves(dtype=torch.float32, frozen=False, N=M):
     return hidden, weight, torch.randint(V, (M,), generator=gen)
 
 
-def least(*args, **options):
-    with pytest.raises(ValueError, match="need a workspace of") as error:
-        linear_logp_stats(*args, workspace=1, **options)
-    return int(str(error.value).split(" bytes")[0].split()[-1])
-
-
 @pytest.fixture
 def passes(monkeypatch):
     """How many times M x H x V the products so far amount to."""
@@ -46,7 +40,7 @@ def passes(monkeypatch):
 
 def test_passes_of_a_trained_weight(passes):
     hidden, weight, y = leaves()
-    need = least(hidden, weight, y, outputs=())
+    need = least_workspace(linear_logp_stats, hidden, weight, y, outputs=())
     linear_logp(hidden, weight, y, workspace=KEPT_ALL).sum().backward()
     assert passes() == 3
     linear_logp(hidden, weight, y, workspace=need).sum().backward()
@@ -117,7 +111,9 @@ def test_bytes_stay_within_the_workspace(dtype, frozen, gathers, options, kept):
         options["rows"] = torch.arange(M) % (M // 3)
     else:
         y[::7] = -100
-    workspace = least(hidden, weight, y, **options) + int(kept * LOGITS * dtype.itemsize / 4)
+    workspace = least_workspace(linear_logp_stats, hidden, weight, y, **options) + int(
+        kept * LOGITS * dtype.itemsize / 4
+    )
 
     def step():
         stats = linear_logp_stats(hidden, weight, y, workspace=workspace, **options)
@@ -142,7 +138,7 @@ def test_no_grad_and_strided_bytes(dtype):
     with torch.no_grad():
         hidden, target = base.view(20, M, H)[:, :-1], y[:-1].expand(20, -1).clone()
         target[1, 5:] = -100
-        need = least(hidden, weight, target, outputs=())
+        need = least_workspace(linear_logp_stats, hidden, weight, target, outputs=())
         peak, largest = memory(lambda: linear_logp(hidden, weight, target, workspace=need))
     copied = (target != -100).sum().item() * H * dtype.itemsize
     assert copied < peak <= need < copied + 2e6
@@ -155,7 +151,10 @@ def test_dw_is_rounded_once():
     hidden = (1 + torch.rand(3000, 16, generator=gen)).bfloat16().requires_grad_()
     weight = torch.randn(64, 16, generator=gen).bfloat16().requires_grad_()
     target = torch.randint(8, (3000,), generator=gen)
-    for workspace in (KEPT_ALL, least(hidden, weight, target, outputs=())):
+    for workspace in (
+        KEPT_ALL,
+        least_workspace(linear_logp_stats, hidden, weight, target, outputs=()),
+    ):
         weight.grad = None
         linear_logp(hidden, weight, target, workspace=workspace).sum().backward()
         x, w = hidden.detach().double(), weight.detach().double()

@@ -175,3 +175,11 @@ def test_no_probability_times_a_large_gradient_is_nothing():
     logits = torch.tensor([[0.0, float("-inf"), 1.0]], device=DEV, requires_grad=True)
     (logp_stats_from_logits(logits, torch.tensor([0], device=DEV)).entropy * 1e9).sum().backward()
     assert logits.grad.isfinite().all() and logits.grad[0, 1] == 0
+
+
+def test_rows_more_than_two_to_the_31_elements_apart():
+    """Of 6 GiB that are never touched but for three rows."""
+    base, target = make(3, V=72, dtype=torch.bfloat16)
+    far = torch.empty_strided((3, 72), (3 << 29, 1), dtype=torch.bfloat16, device=DEV)
+    far.copy_(base)
+    assert_same(run(logp_stats_from_logits, far, target), run(logp_stats_from_logits, base, target))

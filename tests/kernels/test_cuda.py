@@ -1,0 +1,100 @@
+"""What only a GPU can show: no host syncs, CUDA graphs, more than 2**31 logits."""
+
+import pytest
+import torch
+
+from fastpref import linear_logp, linear_logp_stats, logp_from_logits, logp_stats_from_logits
+
+pytestmark = pytest.mark.gpu
+
+
+def leaves(M=300, H=128, V=5000, dtype=torch.bfloat16):
+    gen = torch.Generator("cuda").manual_seed(0)
+    options = {"generator": gen, "device": "cuda"}
+    hidden = torch.randn(M, H, **options).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, **options).to(dtype).requires_grad_()
+    target = torch.randint(V, (M,), **options)
+    return hidden, weight, target, torch.arange(M, device="cuda")
+
+
+def from_hidden(frozen):
+    hidden, weight, target, rows = leaves()
+    weight.requires_grad_(not frozen)
+    wanted = [hidden] if frozen else [hidden, weight]
+
+    def step():
+        stats = linear_logp_stats(hidden, weight, target, rows=rows)
+        loss = stats.logp.sum() + stats.entropy.sum()
+        return [stats.logp.detach(), *torch.autograd.grad(loss, wanted)]
+
+    return step, hidden
+
+
+def from_logits(inplace):
+    hidden, weight, target, _ = leaves()
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+
+    def step():
+        x = logits * 1
+        stats = logp_stats_from_logits(x, target, inplace_backward=inplace)
+        return [stats.logp.detach(), *torch.autograd.grad(stats.logp.sum(), logits)]
+
+    return step, logits
+
+
+STEPS = {
+    "trained": lambda: from_hidden(False),
+    "frozen": lambda: from_hidden(True),
+    "logits": lambda: from_logits(False),
+    "logits in place": lambda: from_logits(True),
+}
+
+
+@pytest.mark.parametrize("make", STEPS.values(), ids=STEPS.keys())
+def test_live_rows_cost_no_sync_and_fit_a_cuda_graph(make):
+    step, source = make()
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(*both) for both in zip(again, want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    with torch.no_grad():
+        source.mul_(0.5)
+    graph.replay()
+    want = step()
+    assert all(torch.equal(*both) for both in zip(got, want, strict=True))
+
+
+def test_more_than_two_to_the_31_logits():
+    N, V = 17_000, 128_257
+    logits = torch.empty(N, V, dtype=torch.bfloat16, device="cuda")
+    logits.normal_(generator=torch.Generator("cuda").manual_seed(0))
+    target = torch.randint(V, (N,), device="cuda")
+    last = logits[-3:].double().log_softmax(-1)
+    want = last.gather(1, target[-3:, None])[:, 0]
+    leaf = logits.requires_grad_()
+    logp = logp_from_logits(leaf * 1, target, inplace_backward=True)
+    assert (logp[-3:] - want).abs().max() < 1e-4
+    (grad,) = torch.autograd.grad(logp.sum(), leaf)
+    one_hot = torch.nn.functional.one_hot(target[-3:], V)
+    assert (grad[-3:].double() - (one_hot - last.exp())).abs().max() < 2**-8
+
+
+def test_log_probs_without_bf16_noise():
+    """|logit| up to 30: at most twice the error of a product that was never rounded."""
+    hidden, weight, target, rows = leaves(M=512, H=1024, V=20_000)
+    weight = (weight.detach() * 6 / 32).bfloat16()
+    truth = hidden.detach().double() @ weight.double().t()
+    assert 20 < truth.abs().max() < 60
+    wide = torch.mm(hidden.detach(), weight.t(), out_dtype=torch.float32)
+    logps = [z.log_softmax(-1).gather(1, target[:, None])[:, 0] for z in (truth, wide)]
+    with torch.no_grad():
+        ours = linear_logp(hidden, weight, target, rows=rows)
+    error = (ours - logps[0]).abs().max()
+    assert error < 1e-3
+    assert error <= 2 * (logps[1] - logps[0]).abs().max() + 4e-6
