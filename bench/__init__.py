@@ -1,1 +1,1 @@
-"""Side-by-side measurements: ``pytest bench/bench_dpo_step.py --out bench/results``."""
+"""Side-by-side measurements: ``pytest bench/ --benchmark-only``, ``python -m bench.run``."""

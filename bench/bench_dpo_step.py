@@ -6,9 +6,12 @@ are compared step by step: no row is written of a run that computed something el
 
 import time
 
+import pytest
+
 from bench.dpo_step import PROVIDERS, Case, Run, prepare
 from bench.harness import times_ms, write
 
+pytest.importorskip("trl")
 SMALL = Case(layers=2, hidden=64, vocab=2000, pairs=4, steps=10, learning_rate=1e-3)
 CASE = Case(layers=4, hidden=256, vocab=32_000, pairs=8, steps=11, learning_rate=1e-6)
 # how many times faster than each peer, and the share of its peak memory
@@ -25,6 +28,7 @@ def differences(ours, theirs):
     }
 
 
+@pytest.mark.slow
 def test_losses_equal_trls(tmp_path, capsys):
     """Ten steps at a rate that moves them: both differ by fp32 rounding, summed in other orders."""
     prepare(SMALL, tmp_path)
@@ -38,6 +42,7 @@ def test_losses_equal_trls(tmp_path, capsys):
         assert found["loss_difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_dpo_step(benchmark, tmp_path, out, capsys):
     """Step by step in turn: a machine's slow minutes are slow for all."""
     data = prepare(CASE, tmp_path)

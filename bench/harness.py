@@ -1,40 +1,85 @@
 """What benchmarks share: the facts of a run, the spread of its times, rows in a file."""
 
 import datetime
+import hashlib
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
-from importlib.metadata import version
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger_kernel", "cut_cross_entropy")
 
 
-def facts():
-    """Where and with what this process runs."""
-    names = ("torch", "triton", "transformers", "trl")
+def facts(device="cpu"):
+    """Where and with what this process runs; None for what is not there."""
+    status = git("status", "--porcelain", "--", ".", ":!bench/results")
     return {
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "machine": machine(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
-        **{name: version(name) for name in names},
+        **{name: version_of(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
         "commit": git("rev-parse", "--short", "HEAD"),
         # rows that were appended a moment ago change no measured code
-        "dirty": bool(git("status", "--porcelain", "--", ".", ":!bench/results")),
+        "dirty": None if status is None else bool(status),
+        "sources": sources(),
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
+def machine(device):
+    """The kind of machine, which names the file of its rows."""
+    if device == "cpu":
+        return f"cpu-{os.cpu_count()}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower())
+
+
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {os.cpu_count()} cores"
+
+
 def cpu_name():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def version_of(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def git(*args):
+    """What git answers, or None, which it says, where there is no git or no checkout."""
     command = ["git", "--no-optional-locks", *args]  # a look, beside which others may commit
-    return subprocess.check_output(command, cwd=ROOT, text=True).strip()
+    try:
+        answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        print(f"rows will lack what git {args[0]} says: {error}", file=sys.stderr)
+        return None
+    return answer.stdout.strip()
+
+
+def sources():
+    """A digest of the measured code: it names it where no commit can."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "csrc"):
+        for file in sorted((ROOT / folder).glob("*.*")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def memory_mib():
@@ -55,10 +100,10 @@ def times_ms(seconds):
 
 
 def write(row, folder):
-    """Print a row and append it to the file of this kind of machine, if a folder is given."""
+    """Print a row and append it to the file of its kind of machine, if a folder is given."""
     line = json.dumps(row)
-    print(line)
+    print(line, flush=True)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"cpu-{os.cpu_count()}-cores.jsonl").open("a") as file:
+        with (folder / f"{row['machine']}.jsonl").open("a") as file:
             file.write(line + "\n")
