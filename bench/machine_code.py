@@ -80,7 +80,7 @@ CASES = {
         lambda: forward(slab(FP32, 5377), exps=slab(BF16, 5377), shift=SHIFT),
         6,
     ),
-    "forward, kept, all statistics": (
+    "forward, kept, all statistics, softcap": (
         lambda: forward(slab(FP32), BENT, ALL, exps=slab(BF16), shift=SHIFT),
         6,
     ),
@@ -130,15 +130,16 @@ class Recorder:
     def compile(self, capability):
         """As Triton's own launcher specialises the values that came."""
         signature, constants, attrs = {}, {}, {}
-        compile_time = {p.name for p in self.kernel.params if p.is_constexpr}
-        for i, name in enumerate(self.kernel.arg_names):
-            value = self.values[name]
+        for i, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, self.values[parameter.name]
             kind, divisible = described(value)
-            if name in compile_time or value is None or (kind == "i32" and value == 1):
+            specialises = not parameter.do_not_specialize
+            one = kind == "i32" and value == 1 and specialises
+            if parameter.is_constexpr or value is None or one:
                 signature[name], constants[(i,)] = "constexpr", value
                 continue
             signature[name] = kind
-            if divisible:
+            if divisible and specialises:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attrs)
         return triton.compile(source, GPUTarget("cuda", capability, 32), self.options)

@@ -62,6 +62,12 @@ def _tanh(x):
 
 
 @triton.jit
+def _row(r, T, stride_batch, stride_row):
+    # divided in 32 bits: in 64 it is a call
+    return (r // T).to(tl.int64) * stride_batch + (r % T).to(tl.int64) * stride_row
+
+
+@triton.jit
 def _logit(u, scale, cap, CAP: tl.constexpr):
     return cap * _tanh(scale * u) if CAP else scale * u
 
@@ -86,7 +92,7 @@ def _store_state(ptr, R, top, total, label, logits, entropy, squares, drop):
     tl.store(ptr + 7 * R, _exp(drop))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "T"])
 def _stream_rows(
     raw_ptr,
     target_ptr,
@@ -105,8 +111,8 @@ def _stream_rows(
     BLOCK_V: tl.constexpr,
 ):
     """The state of R rows of any length, each word of which carries its own until the end."""
-    r = tl.program_id(0).to(tl.int64)
-    row = r // T * stride_batch + r % T * stride_row + offset
+    r = tl.program_id(0)
+    row = _row(r, T, stride_batch, stride_row) + offset
     lead = (row % PER_WORD).to(tl.int32)
     row_ptr = raw_ptr + row // PER_WORD * PER_WORD
     end = lead + V
@@ -152,7 +158,7 @@ def _stream_rows(
     _store_state(state_ptr + r, R, scale * row_top, total, label, logits, entropy, squares, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "start"])
 def _slab_rows(
     raw_ptr,
     bias_ptr,
@@ -253,7 +259,7 @@ def _slab_rows(
     _store_state(state_ptr, R, top, total, label, logits, entropy, squares, drop)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V"])
 def _finish_rows(
     state_ptr,
     target_ptr,
@@ -299,7 +305,7 @@ def _finish_rows(
         tl.store(log_sum_sq_ptr + r, tl.where(keep, log_sum_sq, 0.0), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "start", "stride_values"])
 def _gradient_rows(
     source_ptr,
     bias_ptr,
@@ -330,12 +336,12 @@ def _gradient_rows(
     BLOCK_V: tl.constexpr,
 ):
     """Gradient of R rows from raw products, or with KEPT from exponentials over exp(shift)."""
-    r = tl.program_id(0).to(tl.int64)
-    row = r // T * stride_batch + r % T * stride_row + offset
+    r = tl.program_id(0)
+    row = _row(r, T, stride_batch, stride_row) + offset
     lead = (row % PER_WORD).to(tl.int32)
     source_ptr += row // PER_WORD * PER_WORD
     # PER_WORD_OUT is PER_WORD where both leads are the same in every row, else 1
-    row = r // T * stride_batch_out + r % T * stride_row_out + offset_out - lead
+    row = _row(r, T, stride_batch_out, stride_row_out) + offset_out - lead
     out_ptr += row // PER_WORD_OUT * PER_WORD_OUT
     end = lead + V
     words_end = (end + PER_WORD - 1) // PER_WORD * PER_WORD
