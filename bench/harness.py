@@ -105,5 +105,7 @@ def write(row, folder):
     print(line, flush=True)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{row['machine']}.jsonl").open("a") as file:
-            file.write(line + "\n")
+        file = folder / f"{row['machine']}.jsonl"
+        torn = file.exists() and not file.read_bytes().endswith(b"\n")
+        with file.open("a") as rows:
+            rows.write("\n" * torn + line + "\n")

@@ -139,7 +139,8 @@ class Recorder:
                 signature[name], constants[(i,)] = "constexpr", value
                 continue
             signature[name] = kind
-            if divisible and specialises:
+            aligned = not parameter.do_not_specialize_on_alignment
+            if divisible and specialises and aligned:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attrs)
         return triton.compile(source, GPUTarget("cuda", capability, 32), self.options)
@@ -241,6 +242,8 @@ def main():
     parser.add_argument("--sm", type=int, nargs="+", default=[90])
     parser.add_argument("--json", action="store_true", help="whole rows, a line each")
     args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("compiles kernels, which TRITON_INTERPRET takes over: unset it")
     if not args.json:
         print("| case | sm | registers | spills | B | instructions | ps on an H200 | bound |")
         print("|---|---|---|---|---|---|---|---|")

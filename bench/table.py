@@ -29,7 +29,7 @@ def read(folder):
             try:
                 yield {"machine": file.stem, **json.loads(line)}
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is no row: {error}") from error
+                print(f"left out: {file}, line {number} is no row: {error}", file=sys.stderr)
 
 
 def groups(rows):

@@ -21,7 +21,7 @@ using at::Tensor;
 using at::vec::Vectorized;
 
 constexpr int64_t kIgnore = -100;
-constexpr double kLowest = -1e30;  // finite: -inf - -inf is NaN
+constexpr double kLowest = -1e30;  // of distances: finite, since 0 * -inf is NaN
 constexpr int64_t kBlock = 1024;   // columns: what is read once and then stays in the L1 cache
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
@@ -188,7 +188,8 @@ void add_row(const T* raw, int64_t V, int64_t block, int64_t label,
     const W before = top;
     top = std::isnan(here) || here > top ? here : top;
     const Vec shift(top);
-    const double drop = static_cast<double>(before) - top, shrink = std::exp(drop);
+    const double drop = std::max(static_cast<double>(before) - top, kLowest);
+    const double shrink = std::exp(drop);
     entropy = shrink * (entropy + drop * total);
     total *= shrink;
     squares *= shrink * shrink;
@@ -199,7 +200,7 @@ void add_row(const T* raw, int64_t V, int64_t block, int64_t label,
         const Vec z = load(x, i, size);
         Vec d = z - shift;
         if (want.entropy) {
-          d = at::vec::maximum(d, Vec(kLowest));  // 0 * -inf is NaN
+          d = at::vec::maximum(d, Vec(kLowest));
         }
         Vec e = only(d.exp(), W(0), i, size);
         exp_sum = exp_sum + e;
@@ -243,7 +244,7 @@ void add_row(const T* raw, int64_t V, int64_t block, int64_t label,
   at(kWeighted) = entropy;
   at(kSquares) = squares;
   at(kLogits) = logits;
-  at(kDrop) = static_cast<double>(first) - top;
+  at(kDrop) = std::max(static_cast<double>(first) - top, kLowest);
   at(kShrink) = std::exp(at(kDrop));
 }
 
@@ -299,16 +300,17 @@ void add_rows(const Tensor& raw, int64_t start, const Tensor& target, Tensor sta
   const Wanted want{slopes, entropy, mean, squares};
   const TransformOf transform{scale, cap, bias};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, raw.scalar_type(), "add_rows", [&] {
-    if (exps && exps->scalar_type() == at::kBFloat16) {
-      if constexpr (!std::is_same_v<scalar_t, double>) {
-        add_typed<scalar_t, at::BFloat16>(raw, start, target, state, transform, exps, weighted,
-                                          want);
-      } else {
-        TORCH_CHECK(false, "need fp64 exponentials for fp64");
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (exps && exps->scalar_type() == at::kBFloat16) {
+        return add_typed<float, at::BFloat16>(raw, start, target, state, transform, exps, weighted,
+                                              want);
       }
-    } else {
-      add_typed<scalar_t, Wide<scalar_t>>(raw, start, target, state, transform, exps, weighted, want);
+      if (exps && exps->scalar_type() == at::kHalf) {
+        return add_typed<float, at::Half>(raw, start, target, state, transform, exps, weighted,
+                                          want);
+      }
     }
+    add_typed<scalar_t, Wide<scalar_t>>(raw, start, target, state, transform, exps, weighted, want);
   });
 }
 
@@ -418,11 +420,16 @@ void gradient_rows(const Tensor& source, int64_t start, const Tensor& target, co
         if (source.scalar_type() == out.scalar_type()) {
           gradient_typed<scalar_t, scalar_t>(source, shift, start, target, values, with_entropy,
                                              transform, out);
-        } else if constexpr (std::is_same_v<scalar_t, float>) {  // kept in bf16
-          gradient_typed<at::BFloat16, float>(source, shift, start, target, values, with_entropy,
-                                              transform, out);
+        } else if constexpr (std::is_same_v<scalar_t, float>) {  // kept in the inputs' dtype
+          if (source.scalar_type() == at::kHalf) {
+            gradient_typed<at::Half, float>(source, shift, start, target, values, with_entropy,
+                                            transform, out);
+          } else {
+            gradient_typed<at::BFloat16, float>(source, shift, start, target, values, with_entropy,
+                                                transform, out);
+          }
         } else {
-          TORCH_CHECK(false, "need bf16 exponentials for fp32, got ", source.scalar_type());
+          TORCH_CHECK(false, "need ", out.scalar_type(), ", got ", source.scalar_type());
         }
       });
 }

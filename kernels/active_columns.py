@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpref.kernels.logits import IGNORE_INDEX, tiles
 from fastpref.kernels.logp_rows import RowGrads
+from fastpref.kernels.vocab_parallel import sum_over_ranks
 
 
 class ActiveColumns:
@@ -45,7 +46,8 @@ class ActiveColumns:
         inside = (column >= 0) & (column < width)
         label = torch.where(inside, torch.inf, 0.0).to(peak.dtype)
         peak.scatter_reduce_(0, column.clamp(0, width - 1), label, "amax")
-        active = (peak >= self.threshold).nonzero()[:, 0]
+        # what is NaN is not small: it has to reach the gradients
+        active = (~(peak < self.threshold)).nonzero()[:, 0]
         if len(active) == width:
             return None
         self.skipped += width - len(active)
@@ -54,9 +56,10 @@ class ActiveColumns:
             self.mass[part].addmv_(self._probs(exps, shift, part), small)
         return active
 
-    def stats(self, num_columns: int) -> Tensor:
+    def stats(self, num_columns: int, group: str) -> Tensor:
         """(2,) fp32: the active fraction of all columns, and the largest mass that a row lost."""
-        out = self.mass.new_full((2,), 1 - self.skipped / num_columns, dtype=torch.float32)
-        if len(self.mass):
-            out[1] = self.mass.amax()
-        return out
+        counts = self.mass.new_tensor([self.skipped, num_columns])
+        skipped, columns = sum_over_ranks(counts, group)
+        mass = sum_over_ranks(self.mass, group)
+        most = mass.amax() if len(mass) else mass.new_zeros(())
+        return torch.stack([1 - skipped / columns, most]).float()

@@ -51,7 +51,7 @@ def _loaded(name: str | None) -> bool:
         return False
     try:
         torch.ops.load_library(compiled())
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if name == "cpp":
             raise RuntimeError(f"FASTPREF_BACKEND=cpp: {error}") from error
         warnings.warn(

@@ -104,7 +104,7 @@ def _transform(
     softcap: float | None,
     case: Case,
 ) -> Transform:
-    bias = None if bias is None else bias.to(case.wide)
+    bias = None if bias is None else bias.to(case.wide).contiguous()
     return Transform.of(temperature, logit_scale, softcap, bias)
 
 
@@ -198,7 +198,7 @@ def _op_bwd(
     out = [] if dX is None else [_to_hidden(dX, rows, len(hidden), hidden.dtype)]
     out += [] if dW is None else [dW]
     out += [] if db is None else [db.to(hidden.dtype)]
-    return out if skip is None else [*out, skip.stats(len(weight))]
+    return out if skip is None else [*out, skip.stats(len(weight), group)]
 
 
 @_op_bwd.register_fake
@@ -309,15 +309,19 @@ def _check(
     if floats[0] not in _DTYPES or len(set(floats)) > 1:
         got = ", ".join(map(str, floats))
         raise TypeError(f"need hidden, weight and bias in one of {_DTYPES}, got {got}")
+    devices = {str(x.device) for x in (hidden, weight, target, bias, rows) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"need all tensors on one device, got {sorted(devices)}")
     integers = [x.dtype for x in (target, rows) if x is not None]
     if set(integers) != {torch.int64}:
         raise TypeError(f"need int64 target and rows, got {', '.join(map(str, integers))}")
 
 
-def _check_skip_stats(skip_stats: Tensor) -> None:
-    if skip_stats.shape != (2,) or skip_stats.dtype != torch.float32:
-        got = f"{tuple(skip_stats.shape)} of {skip_stats.dtype}"
-        raise ValueError(f"need skip_stats (2,) of fp32, got {got}")
+def _check_skip_stats(skip_stats: Tensor, device: torch.device) -> None:
+    right = skip_stats.dtype == torch.float32 and skip_stats.device == device
+    if skip_stats.shape != (2,) or not right:
+        got = f"{tuple(skip_stats.shape)} of {skip_stats.dtype} on {skip_stats.device}"
+        raise ValueError(f"need skip_stats (2,) of fp32 on {device}, got {got}")
     skip_stats[0], skip_stats[1] = 1.0, 0.0
 
 
@@ -328,7 +332,8 @@ def _live_rows(
     y, H = target.reshape(-1), hidden.shape[-1]
     reserved = 24 * y.numel()
     index = None
-    if not torch.compiler.is_compiling():
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
         index = (y != IGNORE_INDEX).nonzero()[:, 0]  # the one sync
         index = None if len(index) == len(y) else index
     view = hidden.ndim <= 2 or all(
@@ -344,6 +349,8 @@ def _live_rows(
             hidden = hidden[torch.unravel_index(index, target.shape)]
         hidden = hidden.reshape(-1, H).contiguous()
         reserved = reserved + hidden.numel() * hidden.element_size()
+    if tracing:  # rows that are given are masked, whatever they hold
+        rows = torch.arange(len(y), device=y.device)
     return hidden, y if index is None else y[index], rows, index, reserved
 
 
@@ -383,8 +390,9 @@ def linear_logp_stats(
         softcap: positive, or None for no cap: softcap(x) = softcap * tanh(x / softcap).
         workspace: bytes that may exist beyond inputs and returned gradients, from this call to
             the end of its backward. What is left of it keeps slabs of exponentials for the
-            backward; the others are computed again. None: 1 GiB on CUDA, 256 MiB elsewhere, or
-            the least that works where that is more.
+            backward; the others are computed again. Near the least that works, slabs are narrow
+            and products slow. None: 1 GiB on CUDA, 256 MiB elsewhere, or what slabs of full width
+            take where that is more.
         entropy_grad: whether the entropy is differentiable. With a frozen weight that costs a third
             matrix product.
         skip_below: in [0, 1); above 0, columns whose probability is smaller in every row (times the
@@ -395,8 +403,9 @@ def linear_logp_stats(
         skip_stats: (2,) fp32, which the backward fills with f and with the largest probability that
             a row lost; 1 and 0 where it is exact.
         group: the ranks over which weight and bias are cut by vocabulary rows, in the order of the
-            ranks; hidden, target and options are the same on all of them, targets count from 0 in
-            the whole vocabulary. Results and the gradient of hidden are those of the whole weight.
+            ranks, one row at least on each; hidden, target and options are the same on all of
+            them, targets count from 0 in the whole vocabulary. Results and the gradient of hidden
+            are those of the whole weight. Where one rank raises, the others wait for it.
 
     Without ``rows``, ignored rows are found with one host sync and left out; under torch.compile
     they are computed and masked instead.
@@ -428,7 +437,7 @@ def linear_logp_stats(
     if not 0 <= skip_below < 1:
         raise ValueError(f"need skip_below in [0, 1), got {skip_below}")
     if skip_stats is not None:
-        _check_skip_stats(skip_stats)
+        _check_skip_stats(skip_stats, hidden.device)
     shards = name_of(group)
     if shards:
         y = local_target(y, len(weight), shards)
@@ -470,8 +479,8 @@ def linear_logp(
         logit_scale: positive; multiplies the logits before the cap.
         softcap: positive, or None for no cap: softcap(x) = softcap * tanh(x / softcap).
         workspace: bytes that may exist beyond inputs and returned gradients; None: 1 GiB on CUDA,
-            256 MiB elsewhere, or the least that works where that is more. See
-            :func:`linear_logp_stats`.
+            256 MiB elsewhere, or what slabs of full width take where that is more.
+            See :func:`linear_logp_stats`.
         skip_below: leave columns of smaller probability out of the gradient; see there.
         skip_stats: (2,) fp32, filled by the backward; see there.
         group: ranks over which weight and bias are cut by vocabulary rows; see there.

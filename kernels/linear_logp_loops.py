@@ -159,6 +159,7 @@ def forward(
         state.finish(columns, stats)
         if frozen is not None:
             frozen.finish(state, stats)
+        del x  # before the next tile's is gathered
 
 
 def backward_slabs(

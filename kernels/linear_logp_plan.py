@@ -13,6 +13,7 @@ from fastpref.kernels.product import upcasts
 
 DEFAULT_WORKSPACE = {"cuda": 1 << 30}
 OTHER_WORKSPACE = 256 << 20
+_CPU_TILE = 3 << 20  # bytes of a tile that stays in the caches
 _LEAST_WIDTH = 64  # columns: whole words of any dtype
 _ROW_BYTES = 256  # per-row vectors, all of them at once
 _SLACK = 64 << 10  # what does not grow with any size: 0-d tensors, alignment
@@ -51,7 +52,7 @@ class Case:
 
     @property
     def kept_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype.itemsize == 2 else self.dtype
+        return self.dtype
 
     @property
     def operand(self) -> torch.dtype:
@@ -136,21 +137,26 @@ def plan(case: Case, M: int, N: int, H: int, V: int, workspace: int | None, rese
         spread = M * H * (wide + size) if half and case.gathers and case.grad_hidden else 0
         fixed = torch.sym_max(fixed, sums + torch.sym_max(M * x_row, spread))
     fixed = fixed + M * _ROW_BYTES + N * 8 * case.gathers
-    fixed = fixed + V * wide * (case.grad_bias + (case.biased and half)) + reserved + _SLACK
+    fixed = fixed + V * wide * (case.grad_bias + case.biased) + reserved + _SLACK
 
     needed = fixed + column * _LEAST_WIDTH
+    widest = min(pitch(V), MAX_SLAB)
     if workspace is None:
         workspace = DEFAULT_WORKSPACE.get(case.device_type, OTHER_WORKSPACE)
-        workspace = torch.sym_max(workspace, needed)
+        full = column * widest if cuda else 2 * _CPU_TILE
+        workspace = torch.sym_max(workspace, torch.sym_max(needed, fixed + full))
     room = workspace - fixed
     if not cuda:  # a tile in the caches; half of the room at most: the other half keeps slabs
-        room = torch.sym_min(3 << 20, room // 2)
+        room = torch.sym_min(_CPU_TILE, room // 2)
     width = torch.sym_max(_LEAST_WIDTH, room // (column * _LEAST_WIDTH) * _LEAST_WIDTH)
-    width = torch.sym_min(min(pitch(V), MAX_SLAB), width)
+    width = torch.sym_min(widest, width)
     kept = kept_columns = 0
     if case.by_slab:
+        slabs = (V + width - 1) // width
         per_slab = M * (width * case.kept_dtype.itemsize + wide) + 1
+        all_slabs = M * (pitch(V) * case.kept_dtype.itemsize + slabs * wide) + slabs
         free = torch.sym_max(0, workspace - fixed - column * width)
-        kept = torch.sym_min((V + width - 1) // width, free // per_slab)
+        all_fit = torch.sym_max(0, torch.sym_min(1, free - all_slabs + 1))  # 1 or 0
+        kept = torch.sym_min(slabs, torch.sym_max(free // per_slab, slabs * all_fit))
         kept_columns = torch.sym_min(pitch(V), kept * width)
     return Plan(rows, rows_backward, width, kept, kept_columns, needed, workspace)

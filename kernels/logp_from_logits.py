@@ -245,6 +245,16 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 
 # 4. public
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may share memory, judged by strides alone."""
+    span = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
 def check_outputs(outputs: tuple[str, ...]) -> None:
     unknown = [name for name in outputs if name not in STATS]
     if unknown or isinstance(outputs, str):
@@ -273,8 +283,8 @@ def logp_stats_from_logits(
         target: (...) int64 in [0, V), or -100. The range is checked on the CPU only.
         outputs: which of "entropy", "is_top1", "mean_logit" and "log_sum_sq_probs" to return.
         temperature: positive; logits are divided by it.
-        inplace_backward: write the gradient over the logits, which nothing may read afterwards; a
-            second backward through them raises.
+        inplace_backward: write the gradient over the logits, which nothing may read afterwards and
+            whose rows may not share memory; a second backward through them raises.
 
     Returns:
         TokenStats of (...) tensors, fp32 (fp64 for fp64 logits); exactly 0 (False), with zero
@@ -294,6 +304,11 @@ def logp_stats_from_logits(
     if logits.dtype not in _LOGIT_DTYPES or target.dtype != torch.int64:
         got = f"{logits.dtype} and {target.dtype}"
         raise TypeError(f"need bf16, fp16, fp32 or fp64 logits and int64 target, got {got}")
+    if target.device != logits.device:
+        raise ValueError(f"need target on {logits.device}, got {target.device}")
+    if inplace_backward and _overlaps(logits):
+        got = f"{tuple(logits.shape)} with strides {logits.stride()}"
+        raise ValueError(f"need logits whose rows share no memory for inplace_backward, got {got}")
     check_outputs(outputs)
     check_positive(temperature=temperature)
     logp, _, _, *stats = _op(logits, target, temperature, " ".join(outputs), inplace_backward)
@@ -311,8 +326,8 @@ def logp_from_logits(
             ``logits[:, :-1]`` is read in place); differentiable.
         target: (...) int64 in [0, V), or -100. The range is checked on the CPU only.
         temperature: positive; logits are divided by it.
-        inplace_backward: write the gradient over the logits, which nothing may read afterwards; a
-            second backward through them raises.
+        inplace_backward: write the gradient over the logits, which nothing may read afterwards and
+            whose rows may not share memory; a second backward through them raises.
 
     Returns:
         (...) fp32 (fp64 for fp64 logits), each <= 0; exactly 0, with zero gradient, where the

@@ -27,7 +27,7 @@ class Rows:
         self.state = target.new_zeros((8, target.numel()), dtype=carried)
         self.max, self.total, self.entropy = self.state[0], self.state[1], self.state[4]
         self.drop, self.shrink = self.state[6:]
-        self.max.fill_(logp_rows_torch.LOWEST)
+        self.max.fill_(torch.finfo(dtype).min)  # finite: -inf - -inf is NaN
 
     def add(
         self,

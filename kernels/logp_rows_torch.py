@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastpref.kernels.logits import IGNORE_INDEX, Transform
 
-LOWEST = -1e30  # finite: -inf - -inf is NaN
+LOWEST = -1e30  # of distances: finite, since 0 * -inf is NaN
 
 
 def add_rows(
@@ -31,12 +31,12 @@ def add_rows(
     if spare is not None and transform.cap is not None:
         torch.mul(z, 1 / transform.cap, out=spare)
     new_top = torch.maximum(top, z.amax(1))
-    torch.sub(top, new_top, out=drop)
+    torch.sub(top, new_top, out=drop).clamp_(min=LOWEST)
     torch.exp(drop, out=shrink)
     top.copy_(new_top)
     z.sub_(top[:, None])
     if "entropy" in outputs:
-        z.clamp_(min=LOWEST)  # 0 * -inf is NaN
+        z.clamp_(min=LOWEST)
     exps = torch.exp(z, out=z if exps is None else exps)
     if "entropy" in outputs:
         entropy.addcmul_(drop, total).mul_(shrink).add_(z.mul_(exps).sum(1))

@@ -2,8 +2,8 @@
 
 R rows of V columns; maths in fp32, u are raw products with their bias. Words of 16 bytes are read
 whole: a row that starts inside one is read from the word's start, and elements e outside the row
-are dropped, so that rows of an odd V are read as fast as others. Instructions bound these kernels
-as much as bytes do: what only some blocks need stands in branches that whole blocks skip.
+are dropped, so that rows of an odd V are read as fast as others. Too many instructions would cost
+more than the bytes: what only some blocks need stands in branches that whole blocks skip.
 """
 
 import triton
@@ -16,7 +16,8 @@ WORD = 16  # bytes that a thread reads at once
 MAX_SLAB = 8192  # columns of a slab: a row of it waits in registers
 _BLOCK_FORWARD = 4096  # columns of a longer row that are read at a time
 _BLOCK_BACKWARD = 8192
-_LOWEST = tl.constexpr(-1e30)  # finite: -inf - -inf is NaN
+_MIN = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf is NaN
+_LOWEST = tl.constexpr(-1e30)  # of distances: finite, since 0 * -inf is NaN
 _TINY = tl.constexpr(1.1754944e-38)  # the smallest normal number
 _LOG_TINY = tl.constexpr(-87.33654)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -57,8 +58,15 @@ def _expm1(x):
 
 @triton.jit
 def _tanh(x):
-    y = _expm1(tl.minimum(2 * x, 60.0))  # finite: inf / inf is NaN
+    # at most: inf / inf is NaN; a NaN stays one
+    y = _expm1(tl.minimum(2 * x, 60.0, propagate_nan=tl.PropagateNan.ALL))
     return y / (y + 2)
+
+
+@triton.jit
+def _finite(d):
+    # a NaN stays one
+    return tl.maximum(d, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -92,7 +100,9 @@ def _store_state(ptr, R, top, total, label, logits, entropy, squares, drop):
     tl.store(ptr + 7 * R, _exp(drop))
 
 
-@triton.jit(do_not_specialize=["R", "T"])
+@triton.jit(
+    do_not_specialize=["R", "T"], do_not_specialize_on_alignment=["target_ptr", "state_ptr"]
+)
 def _stream_rows(
     raw_ptr,
     target_ptr,
@@ -120,7 +130,7 @@ def _stream_rows(
     WORDS: tl.constexpr = BLOCK_V // PER_WORD
     lanes = tl.arange(0, WORDS)[:, None] * PER_WORD + tl.arange(0, PER_WORD)[None, :]
     scale2 = scale * _LOG2E  # distances are logarithms to base 2
-    top = tl.full((WORDS,), _LOWEST, tl.float32)
+    top = tl.full((WORDS,), _MIN, tl.float32)
     total = tl.full((WORDS,), 0.0, tl.float32)
     entropy = total
     squares = total
@@ -133,12 +143,12 @@ def _stream_rows(
         if MEAN:
             logits += tl.sum(tl.where((e >= lead) & (e < end), u, 0.0), 1)
         new_top = tl.maximum(top, tl.max(u, 1))
-        drop = (top - new_top) * scale2
+        drop = _finite((top - new_top) * scale2)
         shrink = _exp2(drop)
         top = new_top
         d = (u - top[:, None]) * scale2
         if ENTROPY:
-            d = tl.maximum(d, _LOWEST)  # 0 * -inf is NaN
+            d = _finite(d)
         exps = _exp2(d)
         if ENTROPY:
             entropy = shrink * (entropy + drop * total) + tl.sum(d * exps, 1)
@@ -146,7 +156,7 @@ def _stream_rows(
             squares = shrink * shrink * squares + tl.sum(exps * exps, 1)
         total = shrink * total + tl.sum(exps, 1)
     row_top = tl.max(top, 0)
-    drop = (top - row_top) * scale2
+    drop = _finite((top - row_top) * scale2)
     shrink = _exp2(drop)
     entropy = tl.sum(shrink * (entropy + drop * total), 0) * _LN2
     squares = tl.sum(shrink * shrink * squares, 0)
@@ -158,7 +168,10 @@ def _stream_rows(
     _store_state(state_ptr + r, R, scale * row_top, total, label, logits, entropy, squares, 0.0)
 
 
-@triton.jit(do_not_specialize=["R", "start"])
+@triton.jit(
+    do_not_specialize=["R", "start"],
+    do_not_specialize_on_alignment=["target_ptr", "state_ptr", "shift_ptr"],
+)
 def _slab_rows(
     raw_ptr,
     bias_ptr,
@@ -198,7 +211,7 @@ def _slab_rows(
     here = (column >= 0) & (column < V)
     label = _label_logit(row_ptr, bias_ptr, column, here, scale, cap, BIAS, CAP)
     if FIRST:
-        before = tl.full((), _LOWEST, tl.float32)
+        before = tl.full((), _MIN, tl.float32)
     else:
         before = tl.load(state_ptr)
         label = tl.where(here, label, tl.load(state_ptr + 2 * R))
@@ -208,17 +221,17 @@ def _slab_rows(
         u += tl.load(bias_ptr + v, mask=v < V, other=0.0)
     if V % PER_WORD != 0:
         u = tl.where(v < V, u, float("-inf"))
-    here_top = tl.max(u, 0)
+    here_top = tl.maximum(tl.max(u, 0), _MIN)
     here_logit = _logit(here_top, scale, cap, CAP)
     top = tl.maximum(before, here_logit)
-    drop = before - top
+    drop = _finite(before - top)
     shrink = _exp(drop)
     if CAP:
         d = (_logit(u, scale, cap, CAP) - top) * _LOG2E
     else:  # exactly 0 at the maximum
         d = tl.fma(u - here_top, scale * _LOG2E, (here_logit - top) * _LOG2E)
     if ENTROPY:
-        d = tl.maximum(d, _LOWEST)  # 0 * -inf is NaN
+        d = _finite(d)
     exps = _exp2(d)
     if CAP:
         exps = tl.where(v < V, exps, 0.0)  # the cap has lifted what is outside from -inf
@@ -305,7 +318,10 @@ def _finish_rows(
         tl.store(log_sum_sq_ptr + r, tl.where(keep, log_sum_sq, 0.0), mask=here)
 
 
-@triton.jit(do_not_specialize=["T", "start", "stride_values"])
+@triton.jit(
+    do_not_specialize=["T", "start", "stride_values"],
+    do_not_specialize_on_alignment=["target_ptr", "values_ptr", "shift_ptr"],
+)
 def _gradient_rows(
     source_ptr,
     bias_ptr,

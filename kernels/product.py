@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ def operand(x: Tensor) -> Tensor:
     return x.float() if upcasts(x.dtype, x.device.type) else x
 
 
+def _setting(owner: Any, name: str) -> Any:
+    # a setting of reductions is a pair, whose first half alone would reset the second
+    value, split_k = getattr(owner, name), getattr(owner, f"{name}_split_k", None)
+    return value if split_k is None else (value, split_k)
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Inside, fp32 products are no TF32 or bf16 ones, and half-precision ones sum in fp32."""
@@ -28,8 +35,9 @@ def full_precision() -> Iterator[None]:
         (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
         (matmul, "allow_bf16_reduced_precision_reduction", False),
         (matmul, "allow_fp16_reduced_precision_reduction", False),
+        (matmul, "allow_fp16_accumulation", False),
     ]
-    before = [getattr(owner, name) for owner, name, _ in settings]
+    before = [_setting(owner, name) for owner, name, _ in settings]
     try:
         for owner, name, value in settings:
             setattr(owner, name, value)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from fastpref.kernels.logits import IGNORE_INDEX, check_target
+from fastpref.kernels.logp_rows_torch import LOWEST
 
 
 def name_of(group: dist.ProcessGroup | None) -> str:
@@ -46,15 +47,15 @@ def combine(state: Tensor, num_columns: int, group: str) -> Tensor:
     """Add up what the ranks' rows carried (see Rows), in place; (R,) the columns of all ranks."""
     top, total, _label, _logits, entropy, squares, drop, shrink = state
     ranks = _resolve_process_group(group)
-    new_top = top.clone()
+    new_top = top.to(torch.float64, copy=True)  # whatever a rank's backend carries
     dist.all_reduce(new_top, dist.ReduceOp.MAX, group=ranks)
-    torch.sub(top, new_top, out=drop)
+    torch.sub(top, new_top.to(top.dtype), out=drop).clamp_(min=LOWEST)
     torch.exp(drop, out=shrink)
     top.copy_(new_top)
     entropy.addcmul_(drop, total).mul_(shrink)
     squares.mul_(shrink).mul_(shrink)
     total.mul_(shrink)
-    sums = torch.cat([state[1:6], torch.full_like(state[:1], num_columns)])
+    sums = torch.cat([state[1:6], torch.full_like(state[:1], num_columns)]).double()
     dist.all_reduce(sums, group=ranks)
     state[1:6] = sums[:5]
-    return sums[5]
+    return sums[5].to(state.dtype)

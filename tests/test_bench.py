@@ -376,14 +376,16 @@ def test_the_table_takes_the_newest_row_of_each(tmp_path, capsys):
     assert "toy on nvidia-h200" in shown and "cpu-2-cores" not in shown
 
 
-def test_the_table_refuses_what_it_does_not_know(tmp_path, capsys):
+def test_the_table_names_what_it_does_not_know(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tables([row()], tmp_path, "--device", "tpu")
     assert f"no rows of tpu in {tmp_path}, which has cpu-2-cores" in capsys.readouterr().err
     with (tmp_path / "cpu-2-cores.jsonl").open("a") as file:
         file.write('{"op": "toy", ')
-    with pytest.raises(ValueError, match=r"cpu-2-cores.jsonl, line 2 is no row"):
-        table.main(["--results", str(tmp_path)])
+    table.main(["--results", str(tmp_path)])  # a kill in the middle of a line costs that line
+    shown = capsys.readouterr()
+    assert "cpu-2-cores.jsonl, line 2 is no row" in shown.err
+    assert "toy on cpu-2-cores" in shown.out
 
 
 def test_committed_rows_make_tables(capsys):

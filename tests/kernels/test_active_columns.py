@@ -96,6 +96,14 @@ def test_exact_where_nothing_is_left_out(options):
     assert stats.tolist() == [1.0, 0.0]  # a frozen weight is exact in any case
 
 
+def test_nan_is_not_small():
+    hidden, weight, _, target = leaves()
+    with torch.no_grad():
+        hidden[5, 2] = float("nan")
+    _, _, (dX, dW) = gradients((hidden, weight, None, target), skip_below=2**-6)
+    assert dX[5].isnan().all() and dW.isnan().any(1).all()
+
+
 def test_bf16_and_two_runs_alike():
     inputs = leaves(dtype=torch.bfloat16)
     runs = [gradients(inputs, skip_below=2**-6)[2] for _ in range(2)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch._inductor.config
 from compare import assert_no_worse, assert_same, least_workspace
 from torch.library import opcheck
@@ -64,7 +65,9 @@ OPTIONS = {
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["logp", "entropy"])
 @pytest.mark.parametrize("workspace", [None, "least"])
-def test_no_worse_than_torch(dtype, options, frozen, entropy, workspace):
+def test_no_worse_than_torch(dtype, options, frozen, entropy, workspace, monkeypatch):
+    """Slabs of 64 columns, all of them kept, or none."""
+    monkeypatch.setattr(planning, "MAX_SLAB", 64)
     for bias, M in ((False, None), (True, 13)):
         inputs = make(M=M, dtype=dtype, bias=bias)
         cut = {}
@@ -136,7 +139,8 @@ def test_sizes_of_one_odd_and_past_one_slab(N, H, V, frozen):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_more_rows_than_a_tile(frozen):
-    inputs = make(1100, 5, 67)
+    inputs = make(1500, 5, 67, bias=True)
+    assert (inputs["target"] != -100).sum() > 1024
     sides = [run(linear_logp_ref, inputs, dtype, frozen) for dtype in (None, torch.float64)]
     assert_no_worse(run(linear_logp_stats, inputs, None, frozen), *sides)
 
@@ -185,6 +189,9 @@ def test_statistics_by_hand():
         assert got.dtype == torch.float32 and got[1] == 0
         torch.testing.assert_close(got[0].cpu(), value.float(), rtol=1e-6, atol=1e-6)
     assert stats.is_top1.tolist() == [True, False]
+    ignored = torch.tensor([-100, -100], device=DEV)
+    top = linear_logp_stats(hidden, weight.abs() * 0, ignored, rows=ignored * 0).is_top1
+    assert top.tolist() == [False, False]  # though no logit is larger
     some = linear_logp_stats(hidden, weight, target, outputs=("is_top1",))
     assert some.entropy is None and some.mean_logit is None and some.log_sum_sq_probs is None
     assert linear_logp_stats(hidden, weight, target.abs() % 2).is_top1[0].item() is False
@@ -195,6 +202,43 @@ def test_mean_logit_is_hidden_times_the_mean_weight():
     got = linear_logp_stats(x["hidden"], x["weight"], x["target"].clamp(min=0), logit_scale=2.0)
     want = 2 * x["hidden"] @ x["weight"].mean(0)
     torch.testing.assert_close(got.mean_logit, want)
+
+
+def test_a_slab_of_minus_inf_and_no_entropy():
+    inputs = make(3, 8, 300, bias=True)
+    inputs["bias"][:256] = -float("inf")
+    inputs["target"] = torch.tensor([260, 299, -100], device=DEV)
+    cut = least_workspace(linear_logp_stats, **inputs)
+    got = linear_logp_stats(**inputs, outputs=(), workspace=cut).logp
+    want = linear_logp_ref(
+        **{
+            k: v if v is None else v.double() if v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+    ).logp
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_bias_of_any_stride():
+    inputs = make(5, 8, 70)
+    del inputs["bias"]
+    for bias in (torch.randn(140, device=DEV)[::2], torch.ones(1, device=DEV).expand(70)):
+        want = linear_logp(**inputs, bias=bias.contiguous())
+        assert torch.equal(linear_logp(**inputs, bias=bias), want)
+
+
+@pytest.mark.parametrize("softcap", [None, 6.0])
+@pytest.mark.parametrize("outputs", [(), ("entropy",)])
+def test_what_diverged_is_nan(softcap, outputs):
+    inputs = make(4, 8, 300)
+    inputs["target"] = inputs["target"].clamp(min=0)
+    inputs["hidden"][1] = float("nan")
+    inputs["weight"][7] = float("nan")
+    stats = linear_logp_stats(**inputs, outputs=outputs, softcap=softcap)
+    assert stats.logp.isnan().all() and (stats.entropy is None or stats.entropy.isnan().all())
+    clean = make(4, 8, 300) | {"hidden": inputs["hidden"], "target": inputs["target"]}
+    stats = linear_logp_stats(**clean, outputs=outputs, softcap=softcap)
+    assert stats.logp.isnan().tolist() == [False, True, False, False]
 
 
 def test_columns_of_minus_inf():
@@ -285,16 +329,30 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(lambda h: fn(h, leaves[1], leaves[2].detach()), leaves[:1])
 
 
-def test_products_ignore_the_global_precision():
+def test_products_ignore_the_global_precision(monkeypatch):
     inputs = make(64, 64, 400)
     want = run(linear_logp_stats, inputs)
     before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    reductions = matmul.allow_bf16_reduced_precision_reduction, True
     torch.set_float32_matmul_precision("medium")
+    matmul.allow_bf16_reduced_precision_reduction = False, False
+    seen = []
+    real = loops.product
+
+    def product(*args, **options):
+        seen.append((matmul.allow_fp16_reduced_precision_reduction, matmul.fp32_precision))
+        return real(*args, **options)
+
+    monkeypatch.setattr(loops, "product", product)
     try:
         assert_same(run(linear_logp_stats, inputs), want)
+        assert set(seen) == {(False, "ieee")}
         assert torch.get_float32_matmul_precision() == "medium"
+        assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction() == (False, False)
     finally:
         torch.set_float32_matmul_precision(before)
+        matmul.allow_bf16_reduced_precision_reduction = reductions
 
 
 @pytest.mark.parametrize(
@@ -342,6 +400,21 @@ def test_one_compiled_graph_serves_every_length(rows):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_compiled_ignored_rows_may_hold_nan(strided):
+    torch._dynamo.reset()
+    inputs = make(6, 8, 100)
+    inputs["hidden"][inputs["target"] == -100] = float("nan")
+    hidden = inputs["hidden"].T.contiguous().T if strided else inputs["hidden"]
+    leaves = [hidden.requires_grad_(), inputs["weight"].requires_grad_()]
+    fn = torch.compile(lambda h, w: linear_logp(h, w, inputs["target"]).sum(), backend="aot_eager")
+    got, want = (
+        torch.autograd.grad(f(*leaves), leaves) for f in (fn, fn._torchdynamo_orig_callable)
+    )
+    torch.testing.assert_close(got, want)
+    assert all(x.isfinite().all() for x in got)
+
+
 @torch._inductor.config.patch(force_disable_caches=True)  # its keys leave our fakes out
 def test_compiles_through_inductor():
     torch._dynamo.reset()
@@ -375,6 +448,7 @@ H, W, Y = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long)
         ((H, W, Y + 5), {}, ValueError),
         ((H, W, Y - 1), {}, ValueError),
         ((H, W, Y), {"rows": Y + 3}, ValueError),
+        ((H, W.to("meta"), Y), {}, ValueError),
         ((H.bfloat16(), W, Y), {}, TypeError),
         ((H.int(), W.int(), Y), {}, TypeError),
         ((H, W, Y.int()), {}, TypeError),

@@ -1,5 +1,7 @@
 """logp_from_logits against plain torch in fp64, forward and backward."""
 
+import math
+
 import pytest
 import torch
 from compare import assert_no_worse, assert_same
@@ -117,6 +119,11 @@ def test_the_gradient_can_replace_the_logits():
     assert torch.equal(logits, want)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logp.sum().backward()
+    for shared in (logits[:1].expand(2, 5, -1), torch.zeros(60, device=DEV).unfold(0, 9, 2)):
+        y = torch.zeros(shared.shape[:-1], dtype=torch.long, device=DEV)
+        with pytest.raises(ValueError, match="need logits whose rows share no memory"):
+            logp_from_logits(shared, y, inplace_backward=True)
+    logp_from_logits(logits.detach()[:, :-1, 1:], target[:, :-1] * 0, inplace_backward=True)
 
 
 @pytest.mark.parametrize("outputs", ["", "entropy is_top1"])
@@ -169,6 +176,26 @@ def test_strides_of_target_and_overlapping_logits():
     labels = torch.tensor([0, 69, 2], device=DEV)
     sides = [run(stats_from_logits_ref, x, labels) for x in (windows, windows.double())]
     assert_no_worse(run(logp_stats_from_logits, windows, labels), *sides)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_as_low_as_they_get(dtype):
+    """What masks often hold: finite, below anything that a running maximum may start from."""
+    logits = torch.full((2, 300), torch.finfo(dtype).min, device=DEV, dtype=dtype)
+    logits[1, 5] = 3.0
+    got = run(logp_stats_from_logits, logits, torch.tensor([7, 5], device=DEV))
+    assert got["logp"].tolist() == pytest.approx([-math.log(300), 0.0], abs=1e-6)
+    assert got["entropy"].tolist() == pytest.approx([math.log(300), 0.0], abs=1e-5)
+    assert got["dlogits"].isfinite().all()
+
+
+def test_small_probabilities_keep_their_digits():
+    """Rounding x * log2(e) alone would cost 20 times as many."""
+    logits = torch.linspace(0, -80, 161, device=DEV)[None].clone().requires_grad_()
+    logp_from_logits(logits, torch.tensor([0], device=DEV)).sum().backward()
+    want = -logits.detach().double().softmax(-1)
+    off = (logits.grad.double() / want - 1)[0, 1:150].abs().max()
+    assert off < (1e-6 if DEV == "cpu" else 2e-6)
 
 
 def test_no_probability_times_a_large_gradient_is_nothing():

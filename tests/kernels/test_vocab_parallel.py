@@ -24,6 +24,7 @@ CASES = {
     "rows": {"rows": True},
     "weight alone": {"detached": True},
     "bf16": {"dtype": torch.bfloat16},
+    "skip_below": {"skip_below": 2**-6},
 }
 
 
@@ -42,9 +43,10 @@ def outcome(shard, group, *, frozen=False, detached=False, rows=False, bias=Fals
         options["bias"] = b.requires_grad_(not frozen)
     if rows:
         options["rows"] = index
-    stats = linear_logp_stats(hidden, weight, target, group=group, **options)
+    lost = torch.zeros(2)
+    stats = linear_logp_stats(hidden, weight, target, group=group, skip_stats=lost, **options)
     ((stats.logp * g).sum() + (stats.entropy * h).sum()).backward()
-    out = {k: v.detach() for k, v in stats._asdict().items()}
+    out = {k: v.detach() for k, v in stats._asdict().items()} | {"skip_stats": lost}
     leaves = {"hidden": hidden, "weight": weight, "bias": b}
     return out | {f"d{k}": x.grad for k, x in leaves.items() if x.grad is not None}
 
