@@ -1,9 +1,9 @@
 """What the Triton kernels become on a GPU, read without one; and the bound that this sets.
 
 ``python -m bench.machine_code [--sm 80 90 100] [--json]`` compiles every kernel as the ops launch
-it and reads registers, spills, load widths and instructions off the machine code. Bytes an element
-are counted by hand: what a launch reads and writes of its slab. Branches that few blocks take are
-counted too. Static: says nothing of caches or time.
+it and reads registers, spills, load widths and instructions off the machine code. Bytes and flop
+an element are counted by hand: what a launch reads and writes of its slab. Branches that few
+blocks take are counted too. Static: says nothing of caches or time.
 """
 
 import argparse
@@ -72,43 +72,65 @@ def finish():
 BENT = Transform(1.5, 30.0, torch.empty(WIDTH))
 ALL = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
 SHIFT = torch.empty(R)
-# name: launch, bytes an element
+# name: launch; bytes an element; flop, of which a maximum, a conversion and an exponential are one
 CASES = {
-    "forward, no gradient": (lambda: forward(slab(FP32)), 4),
-    "forward, kept": (lambda: forward(slab(FP32), exps=slab(BF16), shift=SHIFT), 6),
+    "forward, no gradient": (lambda: forward(slab(FP32)), 4, 6),
+    "forward, kept": (lambda: forward(slab(FP32), exps=slab(BF16), shift=SHIFT), 6, 7),
     "forward, kept, odd V": (
         lambda: forward(slab(FP32, 5377), exps=slab(BF16, 5377), shift=SHIFT),
         6,
+        7,
+    ),
+    "forward, kept, all statistics": (
+        lambda: forward(slab(FP32), outputs=ALL, exps=slab(BF16), shift=SHIFT),
+        6,
+        14,
     ),
     "forward, kept, all statistics, softcap": (
         lambda: forward(slab(FP32), BENT, ALL, exps=slab(BF16), shift=SHIFT),
         6,
+        38,
     ),
-    "forward, frozen": (lambda: forward(slab(FP32), exps=slab(BF16), slopes=True), 6),
+    "forward, frozen": (lambda: forward(slab(FP32), exps=slab(BF16), slopes=True), 6, 7),
     "forward, frozen, entropy, softcap": (
         lambda: forward(slab(FP32), BENT, ALL, exps=slab(BF16), weighted=slab(BF16), slopes=True),
         8,
+        44,
     ),
-    "forward, frozen, fp32": (lambda: forward(slab(FP32), exps=slab(FP32), slopes=True), 8),
-    "backward, kept": (lambda: gradient(slab(BF16), slab(BF16), shift=SHIFT), 4),
-    "backward, kept, fp16": (lambda: gradient(slab(BF16), slab(torch.float16), shift=SHIFT), 4),
-    "backward, recomputed": (lambda: gradient(slab(FP32), slab(BF16)), 6),
+    "forward, frozen, fp32": (lambda: forward(slab(FP32), exps=slab(FP32), slopes=True), 8, 6),
+    "backward, kept": (lambda: gradient(slab(BF16), slab(BF16), shift=SHIFT), 4, 3),
+    "backward, kept, fp16": (
+        lambda: gradient(slab(torch.float16), slab(torch.float16), shift=SHIFT),
+        4,
+        3,
+    ),
+    "backward, recomputed": (lambda: gradient(slab(FP32), slab(BF16)), 6, 14),
     "backward, recomputed, entropy, softcap": (
         lambda: gradient(slab(FP32), slab(BF16), True, BENT),
         6,
+        46,
     ),
-    "backward, fp32": (lambda: gradient(slab(FP32), slab(FP32)), 8),
-    "logits": (lambda: stream(logits(128_256)), 2),
-    "logits, odd V": (lambda: stream(logits(50_257)), 2),
-    "logits, all statistics": (lambda: stream(logits(128_256), ALL), 2),
-    "logits, fp32": (lambda: stream(logits(128_256, FP32)), 4),
-    "logits, backward": (lambda: gradient(logits(128_256), logits(128_256), slab=False), 4),
-    "logits, backward, odd V": (lambda: gradient(logits(50_257), logits(50_257), slab=False), 4),
+    "backward, fp32": (lambda: gradient(slab(FP32), slab(FP32)), 8, 13),
+    "logits": (lambda: stream(logits(128_256)), 2, 6),
+    "logits, odd V": (lambda: stream(logits(50_257)), 2, 6),
+    "logits, all statistics": (lambda: stream(logits(128_256), ALL), 2, 12),
+    "logits, fp32": (lambda: stream(logits(128_256, FP32)), 4, 5),
+    "logits, backward": (
+        lambda: gradient(logits(128_256), logits(128_256), slab=False),
+        4,
+        15,
+    ),
+    "logits, backward, odd V": (
+        lambda: gradient(logits(50_257), logits(50_257), slab=False),
+        4,
+        15,
+    ),
     "logits, backward, odd V, from other words": (
         lambda: gradient(logits(50_258)[:, :-1], logits(50_257), slab=False),
         4,
+        15,
     ),
-    "finish": (finish, 0),
+    "finish": (finish, 0, 0),
 }
 
 
@@ -194,7 +216,7 @@ def loop(code):
 
 def measure(case, capability):
     """A row of the table."""
-    launch, bytes_moved = CASES[case]
+    launch, bytes_moved, flop = CASES[case]
     recorder, kernel = compiled(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -231,6 +253,7 @@ def measure(case, capability):
     return row | {
         "warps": recorder.options["num_warps"],
         "bytes_per_element": bytes_moved,
+        "flop_per_element": flop,
         "instructions_per_element": round(steps, 1),
         "h200_ps_per_element": {k: round(1e12 * v, 2) for k, v in picoseconds.items()},
         "h200_bound": bound,
@@ -245,8 +268,11 @@ def main():
     if triton.knobs.runtime.interpret:
         parser.error("compiles kernels, which TRITON_INTERPRET takes over: unset it")
     if not args.json:
-        print("| case | sm | registers | spills | B | instructions | ps on an H200 | bound |")
-        print("|---|---|---|---|---|---|---|---|")
+        print(
+            "| case | sm | registers | spills | bytes | flop | instructions | "
+            "ps on an H200: memory / instructions / exponentials | bound |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
     for capability in args.sm:
         for case in CASES:
             row = measure(case, capability)
@@ -256,7 +282,8 @@ def main():
                 times = row["h200_ps_per_element"]
                 print(
                     f"| {case} | {capability} | {row['registers']} | {row['stack_bytes']} | "
-                    f"{row['bytes_per_element']} | {row['instructions_per_element']} | "
+                    f"{row['bytes_per_element']} | {row['flop_per_element']} | "
+                    f"{row['instructions_per_element']} | "
                     f"{' / '.join(map(str, times.values()))} | {row['h200_bound']} |"
                 )
 
