@@ -153,8 +153,12 @@ def _named(name, mib):
     return name if mib is None else f"{name}_{mib}_mib"
 
 
-# MiB that keep every slab of exponentials, half of them, hardly one
-WORKSPACES = {"cuda bf16": (2304, 1280, 256), "cpu bf16": (48, 20, 4), "cpu fp32": (80, 36, 4)}
+# MiB that keep every slab of exponentials, half of them, hardly one; every one beside skip_below's
+WORKSPACES = {
+    "cuda bf16": (2304, 1280, 256, 3072),
+    "cpu bf16": (48, 20, 4, 64),
+    "cpu fp32": (80, 36, 4, 96),
+}
 
 
 def cases(device):
@@ -169,14 +173,15 @@ def _cases(*where):
     spaces = WORKSPACES[" ".join(where[:2])]
     trained = {"cost": 3, "trains": HEAD}
     half = {**trained, "live": 0.5, "workspaces": ((spaces[1], 3),)}
-    kept = tuple(zip(spaces, (3, 3.5, 4), strict=True))
+    kept = tuple(zip(spaces[:3], (3, 3.5, 4), strict=True))
+    rare = {**trained, "active": 0.2, "workspaces": ((spaces[3], 3),)}
     return [
         Case("no gradient", *where, cost=1),
         Case("trained head", *where, **trained, workspaces=kept),
         Case("trained head, half of the rows live", *where, **half),
         Case("frozen head", *where, cost=2, trains=("hidden",)),
         Case("DPO loss, half of the rows live", *where, **half, dpo=True),
-        Case("trained head, a fifth of the columns active", *where, **trained, active=0.2),
+        Case("trained head, a fifth of the columns active", *where, **rare),
     ]
 
 
