@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from compare import assert_same
-from hypothesis import given, seed, settings
+from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class Case:
     M: int | None = None  # with rows
     bias: bool = False
     turned_weight: bool = False
-    room: float | None = None  # for kept slabs, 1 for all in fp32; None: the default workspace
+    room: float | None = None  # for kept slabs, 1 for about all; None: the default workspace
 
     def inputs(self) -> dict[str, Tensor]:
         """Of the case's dtype, on the CPU and contiguous."""
@@ -99,7 +99,8 @@ linear_options = {
 
 @st.composite
 def linear_cases(draw):
-    gathers = draw(st.booleans())
+    gathers, rooms = draw(st.booleans()), [0.0, 0.7, None]
+    common = {name: draw(strategy) for name, strategy in shared.items()}
     return Case(
         lead=(draw(st.integers(1, 12)),) if gathers else draw(leads),
         layout=draw(st.sampled_from(["cut", "plain"] if gathers else ["cut", "plain", "turned"])),
@@ -109,24 +110,26 @@ def linear_cases(draw):
         M=draw(st.integers(0, 40)) if gathers else None,
         bias=draw(st.booleans()),
         turned_weight=draw(st.booleans()),
-        **{name: draw(strategy) for name, strategy in shared.items()},
+        room=draw(st.sampled_from(rooms)),
+        **common,
     )
 
 
 def small(case: Case) -> Case:
     M = None if case.M is None else min(case.M, 3)
     lead = tuple(min(n, 3 if i == 0 else 1) for i, n in enumerate(case.lead))
-    return dataclasses.replace(case, lead=lead, M=M, V=min(case.V, 70))
+    return dataclasses.replace(case, lead=lead, M=M, V=min(case.V, 100))
 
 
-def check_drawn(check, cases, backend, start="", count=40):
-    """``check`` drawn cases, others from another ``start``.
+def check_drawn(check, cases, backend, start, count):
+    """``check`` as many drawn cases, others from another ``start``.
 
-    In the interpreter, which takes milliseconds a row and slab, they are few and small.
+    In the interpreter, which takes milliseconds a row and slab, they are few and small as drawn.
     """
+    phases = tuple(Phase)
     if backend == "triton":
-        cases, count = cases.map(small), count // 10
-    drawn = settings(deadline=None, derandomize=True, max_examples=count)
+        cases, count, phases = cases.map(small), count // 20, (Phase.generate,)
+    drawn = settings(deadline=None, derandomize=True, max_examples=count, phases=phases)
     drawn(seed(start)(given(cases)(check)))()
 
 
@@ -161,19 +164,21 @@ def run(fn, case: Case, inputs, **options) -> dict[str, Tensor]:
 def assert_within_the_rule(ours: dict[str, Tensor], ref, case: Case):
     """The rule of compare.py with a floor, since torch's error on one tiny case is luck.
 
-    Torch's is the largest of its own and of what three moves of the inputs by up to 8 ulp of fp32
-    do to the truth: a logit is rounded as often on its way through product, scale, bias, cap,
-    temperature and maximum. Values in nats are differences of logits, which are 4 or so: their
-    ulp is that of 4 at least.
+    Torch's is the largest of its own and of what three moves of the inputs by up to 16 ulp of fp32
+    do to the truth: about as often a logit is rounded on its way through product, scale, bias, cap,
+    temperature and maximum, and back from its log-prob. Values in nats are differences of logits,
+    which are 4 or so: their ulp is that of 4 at least.
     """
     inputs = case.inputs()
     gen = torch.Generator().manual_seed(1)
-    ulps = 8 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
+    wide = torch.promote_types(case.dtype, torch.float32)
+    # in fp64 the truth is rounded as well
+    ulps = (64 if wide == torch.float64 else 16) * torch.finfo(wide).eps
 
     def moved(by):
-        wide = {k: v.double() for k, v in inputs.items() if v.is_floating_point()}
-        rand = {k: 2 * torch.rand(v.shape, generator=gen).double() - 1 for k, v in wide.items()}
-        return run(ref, case, inputs | {k: v * (1 + by * rand[k]) for k, v in wide.items()})
+        x = {k: v.double() for k, v in inputs.items() if v.is_floating_point()}
+        to = {k: 2 * torch.rand(v.shape, generator=gen).double() - 1 for k, v in x.items()}
+        return run(ref, case, inputs | {k: v * (1 + by * to[k]) for k, v in x.items()})
 
     truth, others = moved(0), [run(ref, case, inputs), *(moved(ulps) for _ in range(3))]
     assert ours.keys() == truth.keys()
@@ -199,17 +204,13 @@ def workspace(case: Case, inputs, outputs) -> int | None:
     if case.room is None:
         return None
     need = least(partial(run, linear_logp_stats, case, inputs, outputs=outputs))
-    return need + int(case.room * inputs["target"].numel() * case.V * 4)
+    return need + int(case.room * inputs["target"].numel() * case.V * case.dtype.itemsize)
 
 
-@pytest.mark.parametrize("room", [0.0, 0.4, None])
 @pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
-def test_linear_logp(backend, wanted, room):
+def test_linear_logp(backend, wanted):
     def check(case):
-        # kept exponentials are bf16: with few columns torch's fp16 ones are better
-        kept = 0.0 if case.dtype == torch.float16 else room
-        bias = case.bias or "bias" in wanted
-        case = dataclasses.replace(case, wanted=wanted, bias=bias, room=kept)
+        case = dataclasses.replace(case, wanted=wanted, bias=case.bias or "bias" in wanted)
         inputs, outputs = case.inputs(), tuple(sorted(case.outputs))
         options = {"outputs": outputs, "workspace": workspace(case, inputs, outputs)}
         ours = run(linear_logp_stats, case, inputs, **options)
@@ -227,7 +228,7 @@ def test_linear_logp(backend, wanted, room):
         if "hidden" in wanted:
             assert not ours["dhidden"].cpu()[unread].any()
 
-    check_drawn(check, linear_cases(), backend, f"{wanted} {room}")
+    check_drawn(check, linear_cases(), backend, f"{wanted}", 120)
 
 
 @pytest.mark.usefixtures("quick")
@@ -261,7 +262,7 @@ def test_symmetries_of_linear_logp(backend):
             got["mean_logit"] -= moved * (target != -100).to(DEV)
             assert_close(got, want)
 
-    check_drawn(check, linear_cases(), backend, count=100)
+    check_drawn(check, linear_cases(), backend, "", 90)
 
 
 @pytest.mark.parametrize("tile", [1 << 19, 100])
@@ -280,7 +281,7 @@ def test_logp_from_logits(backend, monkeypatch, tile, inplace):
         for name in {"logp", "dlogits", *case.outputs}:
             assert not ours[name].cpu()[ignored].any()
 
-    check_drawn(check, logits_cases, backend, f"{tile} {inplace}")
+    check_drawn(check, logits_cases, backend, f"{tile} {inplace}", 60)
 
 
 def assert_close(got, want, rtol=2e-5, atol=2e-5):
@@ -354,26 +355,24 @@ def test_tied_weight():
     assert not torch.allclose(part, want, atol=0.1)
 
 
-@pytest.mark.parametrize("wanted", ["hidden", "weight", "both", "logits"])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1), ()])
 def test_a_result_used_twice_and_its_graph_kept(wanted):
     hidden, weight, target, z = lattice(90)
-    leaves = {"hidden": [hidden], "weight": [weight], "both": [hidden, weight], "logits": [z]}[
-        wanted
-    ]
-    leaves = [x.requires_grad_() for x in leaves]
-
-    def score(fn, of_logits):
-        return of_logits(z, target) if wanted == "logits" else fn(hidden, weight, target)
-
-    stats = score(linear_logp_stats, logp_stats_from_logits)
-    true = score(linear_logp_ref, stats_from_logits_ref)
+    ops, inputs = (linear_logp_stats, linear_logp_ref), (hidden, weight)
+    leaves = [inputs[i] for i in wanted]
+    if not wanted:
+        ops, inputs = (logp_stats_from_logits, stats_from_logits_ref), (z.float(),)
+        leaves = list(inputs)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    both = [op(*inputs, target) for op in ops]
     for loss in (
         lambda s: s.logp.sum() + (s.logp**2).sum() + (s.entropy * s.logp).sum(),
         lambda s: s.logp.exp().sum(),
         lambda s: s.entropy.sum(),
-        lambda s: s.logp.sum() + score(linear_logp_stats, logp_stats_from_logits).logp.sum(),
+        lambda s: s.logp.sum() + ops[0](*inputs, target).logp.sum(),
     ):
-        found = [torch.autograd.grad(loss(s), leaves, retain_graph=True) for s in (stats, true)]
+        found = [torch.autograd.grad(loss(s), leaves, retain_graph=True) for s in both]
         for got, want in zip(*found, strict=True):
             assert_close(got, want)
 
