@@ -1,6 +1,6 @@
 """fastpref: learn from preferences with language models.
 
-The ops need torch alone; ``fastpref.dpo`` and ``fastpref.sft`` train, and need ``fastpref[train]``.
+The ops need torch alone; ``fastpref.sft``, ``dpo`` and ``kto`` train, and need ``fastpref[train]``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,29 +9,38 @@ from fastpref.kernels.gather_rows import gather_rows
 from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
 from fastpref.kernels.logp_from_logits import TokenStats, logp_from_logits, logp_stats_from_logits
 from fastpref.logps import linear_sequence_logp, sequence_logp
-from fastpref.losses.preference import PairLoss, dpo_loss
+from fastpref.losses.pairs import PairLoss, dpo_loss
+from fastpref.losses.ranking import RankingLoss, ranking_loss
+from fastpref.losses.unpaired import UnpairedLoss, bco_loss, kto_loss, mismatched_kl
 
 if TYPE_CHECKING:
     from fastpref.train.run import dpo as dpo
+    from fastpref.train.run import kto as kto
     from fastpref.train.run import sft as sft
 
 __version__ = "0.1.0"
 __all__ = [
     "PairLoss",
+    "RankingLoss",
     "TokenStats",
+    "UnpairedLoss",
+    "bco_loss",
     "dpo_loss",
     "gather_rows",
+    "kto_loss",
     "linear_logp",
     "linear_logp_stats",
     "linear_sequence_logp",
     "logp_from_logits",
     "logp_stats_from_logits",
+    "mismatched_kl",
+    "ranking_loss",
     "sequence_logp",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("dpo", "sft"):  # a trainer author's import must not pull in transformers
+    if name in ("dpo", "kto", "sft"):  # a trainer author's import must not pull in transformers
         try:
             from fastpref.train import run
         except ModuleNotFoundError as error:

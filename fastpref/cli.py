@@ -12,6 +12,7 @@ from typing import Any
 COMMANDS = {
     "sft": "supervised fine-tuning on prompts and completions, or on the chosen side of pairs",
     "dpo": "learn from preference pairs against a frozen reference",
+    "kto": "learn from single completions labelled good or bad, against a frozen reference",
     "quickstart": "the whole way in miniature: data, SFT, sampled pairs, DPO, reward against KL",
     "tiny": "make a small random model with a tokenizer trained on a data file",
     "report": "draw the HTML page of a run or of several side by side: fastpref report RUN...",
@@ -65,14 +66,15 @@ def run_command(command: str, args: list[str]) -> int:
 
     from fastpref.models.tiny import TinyConfig, make_tiny
     from fastpref.quickstart import QuickstartConfig, quickstart
-    from fastpref.train.config import DPOConfig, SFTConfig
+    from fastpref.train.config import DPOConfig, KTOConfig, SFTConfig
     from fastpref.train.console import tell
     from fastpref.train.guard import Stopped
-    from fastpref.train.run import dpo, sft
+    from fastpref.train.run import dpo, kto, sft
 
     commands: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
         "sft": (SFTConfig, sft),
         "dpo": (DPOConfig, dpo),
+        "kto": (KTOConfig, kto),
         "quickstart": (QuickstartConfig, quickstart),
         "tiny": (TinyConfig, make_tiny),
     }
@@ -152,6 +154,9 @@ def normalise(config_class: type[Any], args: list[str]) -> list[str]:
             for name, taken in checked(config_class, {key: value}).items():
                 if len(values) > 1 and "list" not in str(types[name]):
                     raise UsageError(f"need one value for --{flag}, got {' '.join(values)}")
+                if isinstance(taken, dict) and name != key:  # one entry of a mapping
+                    out.append(f"--{name}.{key}={json.dumps(taken[key])}")
+                    continue
                 kinds = types[name], *typing.get_args(types[name])
                 if str in kinds and taken == value and not isinstance(taken, list):
                     text = values[0] if values else "true"  # as it was typed, leading zeros and all

@@ -73,6 +73,23 @@ def sequence_logp(
     return (total / count.clamp(min=1) if mean else total).to(dtype)
 
 
+def tail_weights(cu_seqlens: Tensor, num_tokens: int, alpha: float) -> Tensor:
+    """(M,) fp32: 1 for tokens up to the shorter completion of each pair, alpha past it.
+
+    Args:
+        cu_seqlens: (B+1,) int64 offsets of completions, those of a pair one after the other.
+        num_tokens: M.
+        alpha: what a token counts that only the longer completion has.
+
+    Source: LD-DPO, arXiv:2409.06411.
+    """
+    lengths = cu_seqlens.diff()
+    shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+    index = _segments(cu_seqlens, num_tokens)
+    place = torch.arange(num_tokens, device=cu_seqlens.device) - cu_seqlens[index]
+    return torch.where(place < shorter[index], 1.0, alpha)
+
+
 def _shift(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Labels moved to the position that predicts them; the last of each sequence predicts none."""
     target = torch.full_like(labels, IGNORE_INDEX)

@@ -65,6 +65,26 @@ SINGLES = [
     lambda p, a, b: {"messages": user(p) + reply(a) + user(b) + reply(p)},
     lambda p, a, b: {"text": p + a},
 ]
+UNPAIRED = [
+    lambda p, a, b: {"prompt": p, "completion": a, "label": len(b) % 2 == 0},
+    lambda p, a, b: {"prompt": user(p), "completion": reply(a), "label": len(b) % 2},
+    lambda p, a, b: {"completion": user(p) + reply(a) + user(b), "label": True},
+]
+RANKINGS = [
+    lambda p, a, b: {"prompt": p, "completions": [a, b, a], "scores": [len(a), 0.5, -1]},
+    lambda p, a, b: {"prompt": user(p), "completions": [reply(a), reply(b)], "scores": [-0.5, 2]},
+    lambda p, a, b: {
+        "prompt": p,
+        "completions": [user(p) + reply(text) for text in (a, b, a + b, b)],
+        "scores": [1.0, 3.0, 3.0, 0.0],
+    },
+]
+LAYOUTS = {
+    "sft": [*PAIRS, *SINGLES],
+    "preference": PAIRS,
+    "unpaired": [*PAIRS, *UNPAIRED, *UNPAIRED],
+    "ranking": [*PAIRS, *RANKINGS, *RANKINGS],
+}
 TOOL = {"type": "function", "function": {"name": "add", "default": None}}
 OTHER_COLUMNS = [
     {},
@@ -83,6 +103,7 @@ trees = st.recursive(
     max_leaves=5,
 )
 TEXT_COLUMNS = ["prompt", "chosen", "rejected", "completion", "messages", "text"]
+COLUMNS = [*TEXT_COLUMNS, "label", "completions", "scores"]
 NO_TEXT = [
     *(None, 3, True, float("nan"), 10**400, "", " \n", "\ud800", [], {}, [[]], [{}], ["a"], [None]),
     *({"role": "user"}, user("a"), reply(""), reply(None), reply(["a"]), reply("\udfff")),
@@ -96,6 +117,14 @@ NO_OPTION = [
     *({"chat_template_kwargs": {name: 1}} for name in ("messages", "documents", "tokenize")),
     *({"margin": bad} for bad in (None, "", float("inf"), 1e300, -1e39, 10**400, [1])),
 ]
+NO_RATING = [
+    *({"label": bad} for bad in (None, 2, -1, 0.5, 1.0, float("nan"), 10**400, "yes", [True])),
+    *({"scores": bad} for bad in (None, 3, [], [1], [1, 2, 3, 4, 5], "ab", [[1], [2]])),
+    *({"scores": [1, bad]} for bad in (None, "2", float("inf"), float("nan"), 1e300, 10**400, 1)),
+    *({"scores": [2, 2, 2], "score": 3}, {"scores": [1, 1, 1, float("nan")]}),
+    *({"completions": bad} for bad in (["a"], ["a", "a"], ["a", ""], ["a", 3], ["a", reply("b")])),
+    *({"completions": bad} for bad in (reply("a"), [reply("a"), user("b")], [reply("a"), []])),
+]
 LINES = [
     *(b"{", b'{"prompt": "a"', b"[1]", b"3", b"null", b'"\xff"', b"\xef\xbb\xbf", b"\x00", b","),
     *(b'{"chosen": "a", "chosen": "b"}', b'{"text": "a\x01"}', b"[" * 10**5, b"9" * 5000),
@@ -106,10 +135,10 @@ LINES = [
 @st.composite
 def broken_row(draw, row):
     """The row with one fault, or what looks like one."""
-    column, other = draw(st.sampled_from(sorted(row))), draw(st.sampled_from(TEXT_COLUMNS))
+    column, other = draw(st.sampled_from(sorted(row))), draw(st.sampled_from(COLUMNS))
     how = draw(
         st.sampled_from(
-            ["set", "set", "add", "option", "option", "move", "copy", "tree", "replace"]
+            [*["set", "option", "rating"] * 2, "add", "move", "copy", "tree", "replace"]
         )
     )
     rest = {name: value for name, value in row.items() if name != column}
@@ -117,6 +146,7 @@ def broken_row(draw, row):
         "set": {**row, column: draw(st.sampled_from(NO_TEXT))},
         "add": {**row, other: draw(st.sampled_from(NO_TEXT))},
         "option": {**row, **draw(st.sampled_from(NO_OPTION))},
+        "rating": {**row, **draw(st.sampled_from(NO_RATING))},
         "move": {**rest, other: row[column]},
         "copy": {**row, other: row[column]},
         "tree": {**row, column: draw(trees)} if how == "tree" else None,
@@ -165,7 +195,7 @@ def parquet(draw, rows, odd):
     names = dict.fromkeys(name for row in rows for name in row if name.isprintable())
     table = {name: as_arrow([row.get(name) for row in rows]) for name in names}
     if rows and odd:
-        name = draw(st.sampled_from([*TEXT_COLUMNS, "x"]))
+        name = draw(st.sampled_from([*COLUMNS, "x"]))
         table[name] = draw(st.sampled_from(ODD_COLUMNS))(len(rows))
     stream, size = io.BytesIO(), draw(st.integers(1, 3))
     pq.write_table(pa.table(table), stream, row_group_size=size, compression="none")
@@ -245,8 +275,8 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw):
-    kind = draw(st.sampled_from(["sft", "preference"]))
-    layouts = PAIRS if kind == "preference" else [*PAIRS, *SINGLES]
+    kind = draw(st.sampled_from(sorted(LAYOUTS)))
+    layouts = LAYOUTS[kind]
     if draw(st.integers(0, 5)):
         suffix, raw = draw(data_file(layouts))
         files = {f"a{suffix}": raw}

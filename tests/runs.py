@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from fastpref.data.synthetic import reviews
 from fastpref.data.tokenize import Group
-from fastpref.logps import sequence_logp
-from fastpref.methods.base import mean_over
+from fastpref.methods.base import Method, Scored, mean_over
 from fastpref.train import checkpoint, reference, run
 from fastpref.train.loop import Trainer
 
@@ -35,7 +34,7 @@ PHASES = {
 
 
 @dataclass(frozen=True)
-class BestOfFour:
+class BestOfFour(Method):
     """The first of four completions against each of the others."""
 
     kind: ClassVar[str] = "preference"
@@ -43,13 +42,12 @@ class BestOfFour:
     precomputes_reference: ClassVar[bool] = True
     metric_names: ClassVar[tuple[str, ...]] = ("gap",)
 
-    def count(self, group):
-        return 1
+    def score(self, model, batch, reference):
+        logps = self.sum_logps(model(batch).logp, batch)
+        return Scored({"ratio": (logps - batch.extras["ref_logp"]).view(-1, 4)}, {})
 
-    def __call__(self, model, batch):
-        logps = sequence_logp(model(batch).logp, cu_seqlens=batch.completions)
-        ratio = (logps - batch.extras["ref_logp"]).view(-1, 4)
-        gap = ratio[:, :1] - ratio[:, 1:]
+    def loss(self, values, facts):
+        gap = values["ratio"][:, :1] - values["ratio"][:, 1:]
         losses = -torch.nn.functional.logsigmoid(0.1 * gap).mean(1)
         return losses.sum(), {"gap": mean_over(gap)}
 

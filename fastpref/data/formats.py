@@ -2,9 +2,12 @@
 
 Columns are TRL's. kind="preference": `chosen` + `rejected`, with `prompt` or with the prompt
 implicit in both. kind="sft": the first of `messages`, `prompt` + `completion`, `text`, and
-preference columns (trained on `chosen`) that a row has. Text is a string or a list of
-{role, content} messages; a string `prompt` may stand beside message lists, as in UltraFeedback.
-`tools` and `chat_template_kwargs` go to the chat template, other numbers to `Example.extras`.
+preference columns (trained on `chosen`) that a row has. kind="unpaired": `prompt` + `completion` +
+`label`, the prompt beside or implicit in messages. kind="ranking": `prompt` + `completions` +
+`scores`, a list of texts and a number for each. Both take preference columns where a row lacks
+their own. Text is a string or a list of {role, content} messages; a string `prompt` may stand
+beside message lists, as in UltraFeedback. `tools` and `chat_template_kwargs` go to the chat
+template, other numbers to `Example.extras`.
 """
 
 import json
@@ -12,7 +15,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -22,13 +25,22 @@ from fastpref.data.files import DataError, Sourced, numbered, read_rows
 
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
-Kind: TypeAlias = Literal["sft", "preference"]
+Kind: TypeAlias = Literal["sft", "preference", "unpaired", "ranking"]
 
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages", "text")
+_PAIR = ("chosen", "rejected")
+_TEXT_COLUMNS = ("prompt", *_PAIR, "completion", "messages", "text")
+_RATED_COLUMNS = ("label", "score", "scores", "completions")
 _OPTION_COLUMNS = ("tools", "chat_template_kwargs")
 _NEEDED = {
     "preference": "chosen and rejected (prompt beside them, or implicit in both)",
     "sft": "messages, prompt and completion, text, or chosen and rejected",
+    "unpaired": "prompt (or implicit in messages), completion and label, or chosen and rejected",
+    "ranking": "prompt, completions and scores, or chosen and rejected",
+}
+# where preference rows are not the kind's own: how they are counted, what becomes of them
+_FROM_PAIRS = {
+    "sft": ("sft_on_chosen", "trained on their chosen completion"),
+    "unpaired": ("unpaired_from_pairs", "each as two, chosen with label 1 and rejected with 0"),
 }
 _MOST = float(np.finfo(np.float32).max)
 _logger = logging.getLogger(__name__)
@@ -36,7 +48,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a prompt and its completions, (chosen, rejected) or one.
+    """One row: a prompt and its completions, (chosen, rejected), one, or those of a ranking.
 
     Strings or message lists, prompt and completions alike. A list prompt has at least one message
     and each list completion at least one assistant message; no completion is blank.
@@ -44,9 +56,9 @@ class Example:
 
     prompt: Text
     completions: tuple[Text, ...]
-    row: int  # 0-based row number in the data set, dropped rows counted
+    row: int  # 0-based row number in the data set, dropped rows counted; a split pair's is shared
     source: str  # "train.jsonl.gz:17" (1-based line) or "name[17]" (0-based row)
-    extras: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, float | tuple[float, ...]] = field(default_factory=dict)  # or per completion
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
 
@@ -69,8 +81,8 @@ def _clean(value: Any, source: str, column: str) -> Any:
     return value
 
 
-def _text(row: Mapping[str, Any], column: str, source: str) -> Text:
-    value = _clean(row[column], source, column)
+def _text(value: Any, source: str, column: str) -> Text:
+    value = _clean(value, source, column)
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -112,12 +124,12 @@ def _implicit_strings(chosen: str, rejected: str, turn_marker: str) -> tuple[str
 
 
 def _shared_messages(lists: list[list[Message]]) -> int:
-    """How many leading messages form the prompt: shared by a pair, before the reply in one list."""
+    """How many leading messages form the prompt: shared by all, before the reply in one list."""
     if len(lists) == 1:
         roles = [message["role"] for message in lists[0]]
         return roles.index("assistant") if "assistant" in roles else 0
     most = min(map(len, lists)) - 1
-    return next((n for n in range(most) if lists[0][n] != lists[1][n]), most)
+    return next((n for n in range(most) if any(m[n] != lists[0][n] for m in lists)), most)
 
 
 def _content(message: Message) -> str:
@@ -156,7 +168,8 @@ def _blank(completion: Text) -> bool:
 
 def _columns(row: Mapping[str, Any], kind: Kind, source: str) -> tuple[str | None, tuple[str, ...]]:
     """The prompt's column and the completions', by what the row holds."""
-    have = {column for column in _TEXT_COLUMNS if row.get(column) is not None}
+    known = (*_TEXT_COLUMNS, *_RATED_COLUMNS)
+    have = {column for column in known if row.get(column) is not None}
     prompt = "prompt" if "prompt" in have else None
     if kind == "sft":
         if "messages" in have:
@@ -165,8 +178,13 @@ def _columns(row: Mapping[str, Any], kind: Kind, source: str) -> tuple[str | Non
             return prompt, ("completion",)
         if "text" in have:
             return None, ("text",)
-    if {"chosen", "rejected"} <= have:
-        return prompt, ("chosen", "rejected")
+    elif kind == "unpaired" and {"completion", "label"} <= have:
+        if prompt or not isinstance(row["completion"], str):
+            return prompt, ("completion",)
+    elif kind == "ranking" and {"prompt", "completions", "scores"} <= have:
+        return prompt, ("completions",)
+    if {*_PAIR} <= have:
+        return prompt, _PAIR
     got = ", ".join(f"{k} (empty)" if row[k] is None else str(k) for k in row) or "none"
     raise DataError(f"{source}: need the columns {_NEEDED[kind]}, got {got}")
 
@@ -193,46 +211,112 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and abs(value) <= _MOST else None
 
 
-def _example(row: Any, kind: Kind, source: str, number: int, turn_marker: str) -> Example | str:
-    """The row's Example, or the name of the reason for which it is dropped."""
+def _shown(value: Any) -> str:
+    """What an error says it got: a number as it is, unless it has too many digits to print."""
+    number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**64)
+    return repr(value) if number else type(value).__name__
+
+
+def _python(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _listed(value: Any, source: str) -> dict[str, Any]:
+    """The completions of a ranking by the names that errors give them."""
+    if not isinstance(value, list | tuple) or len(value) < 2:
+        got = len(value) if isinstance(value, list | tuple) else type(value).__name__
+        raise DataError(f"{source}: completions: need a list of at least 2, got {got}")
+    return {f"completions[{n}]": one for n, one in enumerate(value)}
+
+
+def _ratings(row: Mapping[str, Any], column: str, count: int, source: str) -> tuple[float, ...]:
+    """How good each completion is: 1 or 0, or the scores of a ranking."""
+    if column in _PAIR:
+        return 1.0, 0.0
+    if column == "completion":
+        label = _python(row["label"])
+        if not isinstance(label, int | float) or label not in (0, 1):
+            need = "need true or false, or 1 or 0"
+            raise DataError(f"{source}: label: {need}, got {_shown(label)}")
+        return (float(label),)
+    scores = row["scores"]
+    if not isinstance(scores, list | tuple) or len(scores) != count:
+        got = len(scores) if isinstance(scores, list | tuple) else type(scores).__name__
+        raise DataError(f"{source}: scores: need {count}, one for each completion, got {got}")
+    scores = [_python(score) for score in scores]
+    numbers = [_number(score) for score in scores]
+    if None in numbers:
+        n = numbers.index(None)
+        need = f"scores[{n}]: need a finite fp32 number"
+        raise DataError(f"{source}: {need}, got {_shown(scores[n])}")
+    return tuple(number for number in numbers if number is not None)
+
+
+def _split(
+    prompt: Text | None,
+    texts: dict[str, Text],
+    given: dict[str, Any],
+    source: str,
+    turn_marker: str,
+) -> tuple[Text, list[Text]]:
+    """The prompt, given or implicit, and what is left of each text after it."""
+    strings = [text for text in texts.values() if isinstance(text, str)]
+    lists = [text for text in texts.values() if isinstance(text, list)]
+    if strings and (lists or isinstance(prompt, list)):
+        got = ", ".join(f"{name}: {type(value).__name__}" for name, value in given.items())
+        raise DataError(f"{source}: need strings or message lists for all, got {got}")
+    if lists:
+        prompt, cut = _split_messages(prompt, lists, source)
+        for name, messages in zip(texts, cut, strict=True):
+            roles = [message["role"] for message in messages]
+            if "assistant" not in roles:
+                got = ", ".join(roles)
+                raise DataError(f"{source}: {name}: need an assistant message, got {got}")
+        return prompt, [*cut]
+    if prompt is None and len(strings) == 2:
+        prompt, pair = _implicit_strings(strings[0], strings[1], turn_marker)
+        return prompt, [*pair]
+    return prompt or "", [*strings]
+
+
+def _row_examples(
+    row: Any, kind: Kind, source: str, number: int, turn_marker: str
+) -> list[Example] | str:
+    """The row's Examples, or the name of the reason for which it is dropped."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):
         raise DataError(f"{source}: need an object with named columns, got {type(row).__name__}")
     prompt_column, columns = _columns(row, kind, source)
-    prompt = None if prompt_column is None else _text(row, prompt_column, source)
-    texts = [_text(row, column, source) for column in columns]
-    if len(texts) == 2 and texts[0] == texts[1]:
+    ranking = columns == ("completions",)
+    given = _listed(row["completions"], source) if ranking else {k: row[k] for k in columns}
+    prompt = None if prompt_column is None else _text(row[prompt_column], source, prompt_column)
+    texts = {name: _text(value, source, name) for name, value in given.items()}
+    rated = kind in ("unpaired", "ranking")
+    ratings = _ratings(row, columns[0], len(texts), source) if rated else ()
+    if columns == _PAIR and texts["chosen"] == texts["rejected"]:
         return "identical_pairs"
-    strings = [text for text in texts if isinstance(text, str)]
-    lists = [text for text in texts if isinstance(text, list)]
-    completions: list[Text]
-    if strings and (lists or isinstance(prompt, list)):
-        names = (prompt_column, *columns) if prompt_column else columns
-        got = ", ".join(f"{name}: {type(row[name]).__name__}" for name in names)
-        raise DataError(f"{source}: need strings or message lists for all, got {got}")
-    if lists:
-        prompt, cut = _split_messages(prompt, lists, source)
-        completions = [*cut]
-        for column, messages in zip(columns, cut, strict=True):
-            roles = [message["role"] for message in messages]
-            if "assistant" not in roles:
-                got = ", ".join(roles)
-                raise DataError(f"{source}: {column}: need an assistant message, got {got}")
-    elif prompt is None and len(strings) == 2:
-        prompt, pair = _implicit_strings(strings[0], strings[1], turn_marker)
-        completions = [*pair]
-    else:
-        prompt, completions = prompt or "", [*strings]
+    given = {prompt_column: row[prompt_column], **given} if prompt_column else given
+    prompt, completions = _split(prompt, texts, given, source, turn_marker)
     if kind == "sft":
         completions = completions[:1]
     if any(_blank(completion) for completion in completions):
         return "empty_completions"
+    if kind == "ranking" and len({np.float32(score) for score in ratings}) == 1:
+        return "tied_rankings"
     known = {*_TEXT_COLUMNS, *_OPTION_COLUMNS, "row", "ref_logp"}  # the last two are the batch's
+    known.update(_RATED_COLUMNS if rated else ())
     numbers = {str(k): _number(v) for k, v in row.items() if k not in known}
+    extras: dict[str, float | tuple[float, ...]]
     extras = {k: v for k, v in numbers.items() if v is not None}
+    if kind == "ranking":
+        extras["score"] = ratings
     tools, template_kwargs = _options(row, source)
-    return Example(prompt, tuple(completions), number, source, extras, tools, template_kwargs)
+    example = Example(prompt, tuple(completions), number, source, extras, tools, template_kwargs)
+    if kind != "unpaired":
+        return [example]
+    labels = zip(completions, ratings, strict=True)
+    return [replace(example, completions=(c,), extras={**extras, "label": x}) for c, x in labels]
 
 
 def _same_extras(examples: list[Example], name: str) -> list[Example]:
@@ -246,31 +330,22 @@ def _same_extras(examples: list[Example], name: str) -> list[Example]:
         f"{name}: columns left out because some rows have no finite fp32 number there: {lacking}",
         stacklevel=4,
     )
-    return [
-        Example(
-            e.prompt,
-            e.completions,
-            e.row,
-            e.source,
-            {k: v for k, v in e.extras.items() if k in common},
-            e.tools,
-            e.template_kwargs,
-        )
-        for e in examples
-    ]
+    return [replace(e, extras={k: v for k, v in e.extras.items() if k in common}) for e in examples]
 
 
 def _collect(
     rows: Sourced, kind: Kind, name: str, turn_marker: str, skip_bad_rows: bool, max_dropped: float
 ) -> tuple[list[Example], dict[str, int]]:
-    counts = {"bad_rows": 0, "empty_completions": 0, "identical_pairs": 0, "sft_on_chosen": 0}
+    names = ("bad_rows", "empty_completions", "identical_pairs", "tied_rankings")
+    counts = dict.fromkeys((*names, *(count for count, _ in _FROM_PAIRS.values())), 0)
+    from_pairs, pairs_became = _FROM_PAIRS.get(kind, (None, ""))
     examples: list[Example] = []
     dropped: list[str] = []
     first_bad: DataError | None = None
     number = -1
     for number, (source, row) in enumerate(rows):
         try:
-            made = _example(row, kind, source, number, turn_marker)
+            made = _row_examples(row, kind, source, number, turn_marker)
         except (DataError, RecursionError) as error:
             bad = error if isinstance(error, DataError) else None
             bad = bad or DataError(f"{source}: need a row of text, got one nested too deeply")
@@ -283,33 +358,34 @@ def _collect(
             counts[made] += 1
             dropped.append(source)
             continue
-        if kind == "sft" and _columns(row, kind, source)[1][0] == "chosen":
-            counts["sft_on_chosen"] += 1
-        examples.append(made)
+        if from_pairs and _columns(row, kind, source)[1] == _PAIR:
+            counts[from_pairs] += 1
+        examples += made
     total = number + 1
     if total == 0:
         raise DataError(f"{name}: need at least one row, got none")
-    what = f"{counts['empty_completions']} empty completions, {counts['identical_pairs']} identical"
+    what = f"{counts['empty_completions']} empty completions"
+    what += f", {counts['identical_pairs']} identical pairs"
+    what += f", {counts['tied_rankings']} tied rankings" if kind == "ranking" else ""
     first = ", ".join(dropped[:5])
     if len(dropped) > max_dropped * total:
         limit = f"need at most {max_dropped:.3g} of the rows without anything to learn"
-        got = f"{len(dropped)} of {total} ({what} pairs; first: {first})"
+        got = f"{len(dropped)} of {total} ({what}; first: {first})"
         raise DataError(f"{name}: {limit}, got {got}")
     if not examples:
         raise DataError(f"{name}: need one good row, got {total} bad ones; the first: {first_bad}")
     if first_bad:
         warnings.warn(f"{counts['bad_rows']} bad rows skipped; first: {first_bad}", stacklevel=3)
     if dropped:
-        _logger.info("%s: dropped %s pairs of %d rows (first: %s)", name, what, total, first)
-    if counts["sft_on_chosen"]:
-        kept = counts["sft_on_chosen"]
-        _logger.info("%s: %d preference rows, trained on their chosen completion", name, kept)
+        _logger.info("%s: dropped %s of %d rows (first: %s)", name, what, total, first)
+    if from_pairs and counts[from_pairs]:
+        _logger.info("%s: %d preference rows, %s", name, counts[from_pairs], pairs_became)
     return _same_extras(examples, name), counts
 
 
 def _check(kind: Kind, turn_marker: str) -> None:
     if kind not in get_args(Kind):
-        raise ValueError(f"need kind sft or preference, got {kind!r}")
+        raise ValueError(f"need kind {' or '.join(get_args(Kind))}, got {kind!r}")
     if not turn_marker:
         raise ValueError("need a turn_marker of at least one character, got an empty one")
 
@@ -330,22 +406,29 @@ def load_examples(
     that `datasets` knows), all to train where no name says one. One file is train, and also the
     split in its name. An implicit prompt in strings ends after the last turn marker that both
     completions share, otherwise before their last shared white space, otherwise it is empty; in
-    message lists it is the shared leading messages, at least one left to each completion.
+    message lists it is the shared leading messages, at least one left to each completion; in one
+    list, the messages before the first reply.
+
+    An unpaired row has label 1 or 0 in `extras["label"]`; a preference row becomes two of them,
+    chosen first, that share row and source. A ranking has its completions in the order given, and
+    in `extras["score"]` a number for each, where higher is better and equal is a tie; a preference
+    row is a ranking of two with scores 1 and 0.
 
     Args:
         name: a .json (array or lines), .jsonl, .json.gz, .jsonl.gz or .parquet file, a folder of
             such files, or a hub id.
-        kind: "sft" or "preference"; which columns are needed.
+        kind: "sft", "preference", "unpaired" or "ranking"; which columns are needed.
         split: train, validation or test; for the hub whatever `datasets` takes.
         config_name: the hub data set's configuration.
         turn_marker: what starts a reply in strings with an implicit prompt.
         skip_bad_rows: count malformed rows instead of stopping at the first.
-        max_dropped: the share of rows with a blank completion or an identical pair above which the
-            run stops, in [0, 1].
+        max_dropped: the share of rows with a blank completion, an identical pair or (in fp32) equal
+            scores alone above which the run stops, in [0, 1].
 
     Returns:
-        The examples in file order, and counts: bad_rows, empty_completions and identical_pairs were
-        dropped; sft_on_chosen of the kept came from preference rows.
+        The examples in file order, and counts of rows: bad_rows, empty_completions, identical_pairs
+        and tied_rankings were dropped; sft_on_chosen and unpaired_from_pairs of the kept are
+        preference rows.
 
     Raises:
         DataError: names the file and line (or row) and what was needed there.

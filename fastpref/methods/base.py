@@ -1,6 +1,7 @@
 """What a method is: a batch in, the sum of its losses and its metrics out; no rank, no I/O."""
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,39 +9,82 @@ from torch import Tensor
 from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
+from fastpref.kernels.logp_from_logits import TokenStats
+from fastpref.logps import sequence_logp
 from fastpref.models.head import LogpModel
 
 # name -> (sum, count): 0-d tensors on the batch's device, divided once, when a line is logged
 Metrics = dict[str, tuple[Tensor, Tensor]]
+# name -> a number per group or completion
+Values = dict[str, Tensor]
+# name -> a number of the whole step
+Facts = Mapping[str, Tensor | float]
 
 # what every method reads off the head beside log-probs
 OUTPUTS = ("entropy", "is_top1", "mean_logit")
 
 
-class Method(Protocol):
+class Scored(NamedTuple):
+    """What a forward finds out."""
+
+    values: Values
+    """What the losses are a function of."""
+    metrics: Metrics
+    """Of tokens: what the losses do not change."""
+
+
+class Method:
     """One way to learn, as the loop sees it."""
 
-    @property
-    def kind(self) -> Kind:
-        """Which rows it learns from."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether its batches must hold ``ref_logp``."""
-
-    @property
-    def precomputes_reference(self) -> bool:
-        """Whether those are scored once, before the first step."""
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The names of its metrics."""
+    kind: ClassVar[Kind]
+    """Which rows it learns from."""
+    metric_names: ClassVar[tuple[str, ...]]
+    columns: tuple[str, ...] = ()
+    """Numbers of a row that its losses read where they are there."""
+    needs_reference: bool = False
+    """Whether it compares with the model as it came."""
+    precomputes_reference: bool = False
+    """Whether that is scored once, before the first step."""
+    compares_models: bool = False
+    """Whether it needs the reference itself in every forward, not its log-probs."""
+    mismatches: bool = False
+    """Whether every group holds a completion of another prompt beside its own."""
+    couples: bool = False
+    """Whether a group's loss depends on the other groups of the step."""
+    reference_rule: str = ""
+    """How sum_logps differs from a plain sum: scores that are kept are kept under it."""
 
     def count(self, group: Group) -> int:
-        """What a group adds to the loss's denominator."""
+        """What a group adds to the loss's denominator; DataError where it lacks something."""
+        return 1
 
-    def __call__(self, model: LogpModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The batch's sum of losses (0-d, differentiable) and its metrics."""
+    def known(self, groups: Sequence[Group]) -> Facts:
+        """What the losses need of all groups of a step and no forward has to find out."""
+        return {}
+
+    def trained(self, group: Group) -> Group:
+        """The part of a group that a gradient reaches."""
+        return group
+
+    def sum_logps(self, logp: Tensor, batch: Batch) -> Tensor:
+        """(B,) log-probs of the completions, from (M,) of their tokens, in nats."""
+        return sequence_logp(logp, cu_seqlens=batch.completions)
+
+    def score(self, model: LogpModel, batch: Batch, reference: LogpModel | None) -> Scored:
+        """The forward, differentiable."""
+        raise NotImplementedError
+
+    def observe(self, moving: Facts, values: Values) -> dict[str, Tensor]:
+        """Statistics that move from step to step, after the values of one more; 0-d, fp64."""
+        return {}
+
+    def loss(self, values: Values, facts: Facts) -> tuple[Tensor, Metrics]:
+        """The sum of the losses (0-d, differentiable in the values) and their metrics."""
+        raise NotImplementedError
+
+    def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that are made of others."""
+        return {}
 
 
 def mean_over(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -49,3 +93,19 @@ def mean_over(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
     if mask is None:
         return values.sum(), values.new_full((), values.numel())  # a fill, where a copy would sync
     return torch.where(mask, values, 0.0).sum(), mask.sum().float()
+
+
+def of_tokens(flags: Tensor, batch: Batch) -> Tensor:
+    """(M,) from a flag (B,) of each completion."""
+    return torch.repeat_interleave(flags, batch.completions.diff(), output_size=len(batch.target))
+
+
+def token_metrics(stats: TokenStats, chosen: Tensor, rejected: Tensor) -> Metrics:
+    """What the head says of the tokens (M,) of either kind of completion."""
+    assert stats.mean_logit is not None and stats.entropy is not None and stats.is_top1 is not None
+    return {
+        "logits/chosen": mean_over(stats.mean_logit, chosen),
+        "logits/rejected": mean_over(stats.mean_logit, rejected),
+        "entropy": mean_over(stats.entropy, chosen | rejected),
+        "mean_token_accuracy": mean_over(stats.is_top1, chosen),
+    }

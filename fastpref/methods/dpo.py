@@ -1,102 +1,219 @@
-"""Direct preference optimisation: pairs of completions against a frozen reference."""
+"""Direct preference optimisation and its kin: pairs of completions, mostly against a reference."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastpref.data.files import DataError
 from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
-from fastpref.logps import sequence_logp
-from fastpref.losses.preference import PairLoss, dpo_loss
-from fastpref.methods.base import OUTPUTS, Metrics, mean_over
+from fastpref.logps import sequence_logp, tail_weights
+from fastpref.losses.pairs import PairLoss, dpo_loss, loss_inputs, uses_reference
+from fastpref.losses.preference import LOSSES
+from fastpref.methods.base import (
+    OUTPUTS,
+    Facts,
+    Method,
+    Metrics,
+    Scored,
+    Values,
+    mean_over,
+    of_tokens,
+    token_metrics,
+)
 from fastpref.models.head import LogpModel
 
 # (chosen, rejected, ref_chosen, ref_rejected), each (P,) -> losses (P,) or a PairLoss
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss | Tensor]
+# numbers of a row that a loss may name
+COLUMNS = ("margin", "win_rate")
+# of a moving mean, as alpha-DPO has it
+DECAY = 0.9
 
 
 @dataclass(frozen=True)
-class DPO:
+class DPO(Method):
     """The pairwise losses of losses/preference.py; the count is the step's pairs.
 
-    A batch holds groups of two, chosen first, and ``ref_logp`` (B,) among its extras.
+    A batch holds groups of two, chosen first, and ``ref_logp`` (B,) among its extras where the
+    losses compare with a reference.
     """
 
     beta: float = 0.1
     loss_types: tuple[str, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: float | None = None
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    options: Mapping[str, float] = field(default_factory=dict)
     loss_fn: LossFn | None = None
     precomputes_reference: bool = False
     kind: ClassVar[Kind] = "preference"
-    needs_reference: ClassVar[bool] = True
     metric_names: ClassVar[tuple[str, ...]] = (
         *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
         *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
         *("entropy", "mean_token_accuracy"),
     )
 
+    @cached_property
+    def inputs(self) -> dict[str, bool]:
+        """What the losses read, and whether they all can do without."""
+        found: dict[str, bool] = {}
+        for name in self.loss_types:
+            for key, optional in loss_inputs(name).items():
+                found[key] = found.get(key, True) and optional
+        return found
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return self.loss_fn is not None or any(map(uses_reference, self.loss_types))
+
+    @property
+    def compares_models(self) -> bool:  # type: ignore[override]
+        return "chosen_kl" in self.inputs
+
+    @property
+    def couples(self) -> bool:  # type: ignore[override]
+        return any(LOSSES[name].couples for name in self.loss_types) and self.loss_fn is None
+
+    @property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        if self.loss_fn is not None:
+            return ()
+        compare = [loss_inputs(name) for name in self.loss_types if name != "sft"]
+        read = [name for name in COLUMNS if compare and all(name in inputs for inputs in compare)]
+        return (*read, "weight")
+
+    @property
+    def reference_rule(self) -> str:  # type: ignore[override]
+        return "" if self.ld_alpha is None else f"ld_alpha {self.ld_alpha}"
+
     def count(self, group: Group) -> int:
+        at = f"row {group.row}"
         if len(group.completions) != 2:
-            raise ValueError(
-                f"row {group.row}: need a chosen and a rejected completion, "
-                f"got {len(group.completions)}"
-            )
+            need = f"{at}: need a chosen and a rejected completion"
+            raise DataError(f"{need}, got {len(group.completions)}")
+        types = " and ".join(self.loss_types)
+        for name in COLUMNS:
+            lacks = name not in group.extras and not self.inputs.get(name, True)
+            if lacks and self.loss_fn is None:
+                got = ", ".join(sorted(group.extras.keys() - {"ref_logp"})) or "none"
+                raise DataError(f"{at}: need a number {name!r} for {types}, got the columns {got}")
+        sorts = any(LOSSES[kind].couples == "sort" for kind in self.loss_types)
+        if sorts and self.loss_fn is None and "weight" in group.extras:
+            raise DataError(f"{at}: need no column 'weight' for {types}: it sorts pairs, got one")
         return 1
 
-    def __call__(self, model: LogpModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        stats = model(batch, outputs=OUTPUTS)
-        logps = sequence_logp(stats.logp, cu_seqlens=batch.completions)
-        lengths = batch.completions.diff()
-        reference = batch.extras["ref_logp"]
-        pair = self.losses(logps, reference, lengths)
-        # which scored token belongs to a chosen completion: every other one, from the first on
-        completion = torch.arange(len(lengths), device=lengths.device)
-        is_chosen = torch.repeat_interleave(
-            completion % 2 == 0, lengths, output_size=len(batch.target)
-        )
+    def known(self, groups: Sequence[Group]) -> Facts:
+        if "mean_chosen_length" not in self.inputs:
+            return {}
+        scored = [(g.completions[0], g.scored[0]) for g in groups]
+        lengths = [len(tokens) if flags is None else sum(flags) for tokens, flags in scored]
+        return {"mean_chosen_length": sum(lengths) / len(lengths)}
+
+    def sum_logps(self, logp: Tensor, batch: Batch) -> Tensor:
+        if self.ld_alpha is not None:
+            logp = logp * tail_weights(batch.completions, len(logp), self.ld_alpha)
+        return super().sum_logps(logp, batch)
+
+    def score(self, model: LogpModel, batch: Batch, reference: LogpModel | None) -> Scored:
+        outputs = (*OUTPUTS, "log_sum_sq_probs") if self.use_weighting else OUTPUTS
+        values: Values = {}
+        if self.compares_models:
+            assert reference is not None
+            stats, ref_logp, kl = model.against(reference, batch, outputs=outputs)
+            both = sequence_logp(kl, cu_seqlens=batch.completions)
+            values |= {"chosen_kl": both[0::2], "rejected_kl": both[1::2]}
+            reference_logps: Tensor | None = self.sum_logps(ref_logp, batch)
+        else:
+            stats = model(batch, outputs=outputs)
+            reference_logps = batch.extras.get("ref_logp")
+        logps, lengths = self.sum_logps(stats.logp, batch), batch.completions.diff()
+        values |= {"chosen_logps": logps[0::2], "rejected_logps": logps[1::2]}
+        values |= {"chosen_lengths": lengths[0::2], "rejected_lengths": lengths[1::2]}
+        if self.needs_reference and reference_logps is not None:
+            values["ref_chosen_logps"] = reference_logps[0::2]
+            values["ref_rejected_logps"] = reference_logps[1::2]
+        if self.ld_alpha is not None and "chosen_nll" in self.inputs:
+            means = sequence_logp(stats.logp, cu_seqlens=batch.completions, mean=True)
+            values["chosen_nll"] = -means[0::2]
+        values |= {name: batch.extras[name] for name in self.columns if name in batch.extras}
+        if stats.log_sum_sq_probs is not None:
+            # Zhou et al. 2024 (WPO), arXiv:2406.11827, eq. 2
+            aligned = (stats.logp - stats.log_sum_sq_probs).detach()
+            each = sequence_logp(aligned, cu_seqlens=batch.completions, mean=True).exp()
+            values["weight"] = values.get("weight", 1.0) * each[0::2] * each[1::2]
+        # every other completion is a chosen one, from the first on
+        is_chosen = of_tokens(torch.arange(len(lengths), device=lengths.device) % 2 == 0, batch)
+        return Scored(values, token_metrics(stats, is_chosen, ~is_chosen))
+
+    def observe(self, moving: Facts, values: Values) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        ratios = [
+            (values[f"{side}_logps"] - values[f"ref_{side}_logps"]).detach().double()
+            for side in ("chosen", "rejected")
+            if f"ref_{side}_logps" in values
+        ]
+        if "delta" in self.inputs:
+            found |= running_mean(moving, "delta", self.beta * torch.cat(ratios))
+        if "gap_mean" in self.inputs:
+            lengths = values["chosen_lengths"], values["rejected_lengths"]
+            means = [r / n.clamp(min=1) for r, n in zip(ratios, lengths, strict=True)]
+            gap = means[0] - means[1]
+            now = {"gap_mean": gap.mean(), "gap_std": gap.std(correction=0)}
+            found |= {k: x.lerp(as_tensor(moving.get(k, x), x), DECAY) for k, x in now.items()}
+        return found
+
+    def loss(self, values: Values, facts: Facts) -> tuple[Tensor, Metrics]:
+        pair = self.losses(values, facts)
         rewards = pair.chosen_rewards, pair.rejected_rewards
         return pair.losses.sum(), {
             "rewards/chosen": mean_over(rewards[0]),
             "rewards/rejected": mean_over(rewards[1]),
             "rewards/margins": mean_over(rewards[0] - rewards[1]),
             "rewards/accuracies": mean_over(rewards[0] > rewards[1]),
-            "logps/chosen": mean_over(logps[0::2]),
-            "logps/rejected": mean_over(logps[1::2]),
-            "logits/chosen": mean_over(stats.mean_logit, is_chosen),
-            "logits/rejected": mean_over(stats.mean_logit, ~is_chosen),
-            "entropy": mean_over(stats.entropy),
-            "mean_token_accuracy": mean_over(stats.is_top1, is_chosen),
+            "logps/chosen": mean_over(values["chosen_logps"]),
+            "logps/rejected": mean_over(values["rejected_logps"]),
         }
 
-    def losses(self, logps: Tensor, reference: Tensor, lengths: Tensor) -> PairLoss:
+    def losses(self, values: Values, facts: Facts) -> PairLoss:
         """The weighted sum of the loss types, or the caller's own loss."""
-        inputs = logps[0::2], logps[1::2], reference[0::2], reference[1::2]
         if self.loss_fn is not None:
+            names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+            inputs = tuple(values[name] for name in names)
             return as_pair_loss(self.loss_fn(*inputs), inputs, self.beta)
-        weights = self.loss_weights or (1.0,) * len(self.loss_types)
-        parts = [
-            dpo_loss(
-                *inputs,
-                beta=self.beta,
-                loss_type=name,
-                label_smoothing=self.label_smoothing,
-                chosen_lengths=lengths[0::2],
-                rejected_lengths=lengths[1::2],
-            )
-            for name in self.loss_types
-        ]
-        losses = [w * part.losses for w, part in zip(weights, parts, strict=True)]
-        return parts[0]._replace(losses=torch.stack(losses).sum(0))
+        known = {name: x for name, x in facts.items() if name in self.inputs}
+        options: dict[str, Any] = {**values, **known, **self.options}
+        return dpo_loss(
+            **options,
+            beta=self.beta,
+            loss_type=self.loss_types,
+            loss_weights=self.loss_weights,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+        )
 
 
-def as_pair_loss(
-    out: PairLoss | Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], beta: float
-) -> PairLoss:
+def as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def running_mean(moving: Facts, name: str, values: Tensor) -> dict[str, Tensor]:
+    """The mean of all values seen so far, and how many they are."""
+    old, seen = (as_tensor(moving.get(key, 0.0), values) for key in (name, f"{name}_seen"))
+    count = seen + len(values)
+    return {name: old + (values - old).sum() / count, f"{name}_seen": count}
+
+
+def as_pair_loss(out: PairLoss | Tensor, inputs: tuple[Tensor, ...], beta: float) -> PairLoss:
     """What a caller's loss returned, completed with DPO's rewards where it gave losses alone."""
     chosen, rejected, ref_chosen, ref_rejected = (x.detach() for x in inputs)
     parts = out if isinstance(out, PairLoss) else (out,)

@@ -8,17 +8,15 @@ from torch import Tensor
 from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
-from fastpref.methods.base import OUTPUTS, Metrics, mean_over
+from fastpref.methods.base import OUTPUTS, Facts, Method, Metrics, Scored, Values, mean_over
 from fastpref.models.head import LogpModel
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Method):
     """Cross-entropy in nats per token; its count is the step's scored tokens."""
 
     kind: ClassVar[Kind] = "sft"
-    needs_reference: ClassVar[bool] = False
-    precomputes_reference: ClassVar[bool] = False
     metric_names: ClassVar[tuple[str, ...]] = ("entropy", "mean_token_accuracy")
 
     def count(self, group: Group) -> int:
@@ -27,9 +25,13 @@ class SFT:
             for tokens, flags in zip(group.completions, group.scored, strict=True)
         )
 
-    def __call__(self, model: LogpModel, batch: Batch) -> tuple[Tensor, Metrics]:
+    def score(self, model: LogpModel, batch: Batch, reference: LogpModel | None) -> Scored:
         stats = model(batch, outputs=OUTPUTS)
-        return -stats.logp.sum(), {
+        metrics = {
             "entropy": mean_over(stats.entropy),
             "mean_token_accuracy": mean_over(stats.is_top1),
         }
+        return Scored({"logp": stats.logp}, metrics)
+
+    def loss(self, values: Values, facts: Facts) -> tuple[Tensor, Metrics]:
+        return -values["logp"].sum(), {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastpref.data.packing import Batch
+from fastpref.kernels.linear_kl import linear_kl
 from fastpref.kernels.linear_logp import linear_logp_stats
 from fastpref.kernels.logp_from_logits import TokenStats
 from fastpref.models.attention import NAME, ModelError
@@ -126,6 +127,28 @@ class LogpHead(nn.Linear):
             outputs=outputs,
             workspace=self.workspace,
             entropy_grad=entropy_grad,
+        )
+
+    def kl(
+        self, hidden: Tensor, ref_hidden: Tensor, reference: "LogpHead", *, rows: Tensor
+    ) -> Tensor:
+        """(M,) KL(reference || self) in nats, over the full vocabulary; linear_kl of both heads."""
+        weights = self.weight, reference.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, ref_hidden = hidden.to(dtype), ref_hidden.to(dtype)
+            weights = self.weight.to(dtype), reference.weight.to(dtype)
+        return linear_kl(
+            hidden,
+            weights[0],
+            ref_hidden,
+            weights[1],
+            bias=self.bias,
+            ref_bias=reference.bias,
+            rows=rows,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            workspace=self.workspace,
         )
 
 
@@ -268,15 +291,30 @@ class LogpModel(nn.Module):
         Returns:
             TokenStats of (M,) in fp32, logp in nats; None where not asked for.
         """
-        stats: TokenStats = head_of(self.model)(
-            self.hidden(batch),
-            batch.target,
-            rows=batch.rows,
-            outputs=outputs,
-            temperature=temperature,
-            entropy_grad=entropy_grad,
-        )
+        options = {"temperature": temperature, "entropy_grad": entropy_grad}
+        return self._stats(self.hidden(batch), batch, outputs=outputs, **options)
+
+    def _stats(self, hidden: Tensor, batch: Batch, **options: Any) -> TokenStats:
+        stats: TokenStats = head_of(self.model)(hidden, batch.target, rows=batch.rows, **options)
         return stats
+
+    def against(
+        self, reference: "LogpModel", batch: Batch, *, outputs: tuple[str, ...] = ()
+    ) -> tuple[TokenStats, Tensor, Tensor]:
+        """Log-probs of the batch's targets, and how far each position's distribution has moved.
+
+        Returns:
+            TokenStats as of a call; the reference's log-probs (M,); KL(reference || self) (M,) in
+            nats, over the full vocabulary, differentiable in self.
+        """
+        hidden = self.hidden(batch)
+        with torch.no_grad():
+            ref_hidden = reference.hidden(batch)
+            ref_logp = reference._stats(ref_hidden, batch).logp
+        head, ref_head = head_of(self.model), head_of(reference.model)
+        assert isinstance(head, LogpHead) and isinstance(ref_head, LogpHead)
+        kl = head.kl(hidden, ref_hidden, ref_head, rows=batch.rows)
+        return self._stats(hidden, batch, outputs=outputs), ref_logp, kl
 
     def frozen_copy(self) -> "LogpModel":
         """The same model with weights of its own that require no gradient: a reference."""

@@ -34,6 +34,8 @@ class TrainerState:
     best_step: int | None = None
     best_by: str = ""
     """The metric that was best, and whether lower or higher is better."""
+    moving: dict[str, float] = field(default_factory=dict)
+    """The method's statistics that move from step to step."""
     sums: dict[str, list[float]] = field(default_factory=dict)
     """Sums and counts since the last log line."""
     lines: dict[str, int] = field(default_factory=dict)

@@ -11,7 +11,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from fastpref.losses.preference import LOSSES, dpo_loss
+from fastpref.losses.pairs import OPTIONS, dpo_loss, loss_inputs, uses_reference
+from fastpref.losses.preference import LOSSES
+from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
 
 Strategy = Literal["no", "steps", "epoch"]
@@ -212,56 +214,142 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class DPOConfig(TrainConfig):
-    """Direct preference optimisation and its kin."""
+class ReferenceConfig(TrainConfig):
+    """What methods share that compare with the model as it came."""
 
     learning_rate: float = 1e-6
     """Peak learning rate."""
     beta: float = 0.1
     """Strength of the pull to the reference; higher stays closer."""
-    loss_type: str | list[str] = "sigmoid"
-    """One preference loss or several, summed with loss_weights."""
-    loss_weights: list[float] | None = None
-    """A weight for each loss_type; None: 1 each."""
-    label_smoothing: float = 0.0
-    """Probability that a preference is flipped (conservative DPO)."""
     precompute_ref_log_probs: bool = False
     """Score the data with the reference once, before training, and keep no second model."""
     reference_cache: str | None = None
     """Folder of those scores, which several runs may share; None: in the run's own folder."""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.beta < float("inf"):
+            raise ConfigError(f"need beta > 0, got {self.beta}")
+        if self.reference_cache and not self.precompute_ref_log_probs:
+            raise ConfigError("need precompute_ref_log_probs for a reference_cache, got it off")
+
+
+@dataclass(kw_only=True)
+class DPOConfig(ReferenceConfig):
+    """Direct preference optimisation and its kin."""
+
+    loss_type: str | list[str] = "sigmoid"
+    """One preference loss or several, summed with loss_weights; fastpref/losses/preference.py
+    defines each. plackett_luce and all_pairs learn from rankings."""
+    loss_weights: list[float] | None = None
+    """A weight for each loss_type; None: 1 each."""
+    loss_options: dict[str, float] | None = None
+    """Numbers of the losses' own by name (simpo_gamma, rpo_alpha, ...); each is a key too."""
+    label_smoothing: float | None = None
+    """Probability that a preference is flipped (conservative DPO); None: the loss's own default."""
+    f_divergence_type: str = "reverse_kl"
+    """reverse_kl, forward_kl, js_divergence or alpha_divergence."""
+    f_alpha_divergence_coef: float = 0.5
+    """Alpha of alpha_divergence."""
+    ld_alpha: float | None = None
+    """What tokens count that only the longer completion of a pair has; None: as all others."""
+    use_weighting: bool = False
+    """Weigh pairs by how likely the policy is to write them (WPO)."""
 
     def loss_types(self) -> list[str]:
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     def check(self) -> None:
         super().check()
-        if self.reference_cache and not self.precompute_ref_log_probs:
-            raise ConfigError("need precompute_ref_log_probs for a reference_cache, got it off")
-        for name in self.loss_types():
-            if name not in LOSSES:
-                raise ConfigError(unknown("loss_type", name, LOSSES))
-        if not self.loss_types():
+        types = self.loss_types()
+        for name in types:
+            if name not in LOSSES and name not in RANKING_LOSSES:
+                raise ConfigError(unknown("loss_type", name, [*LOSSES, *RANKING_LOSSES]))
+        if not types:
             raise ConfigError("need at least one loss_type, got []")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_types()):
+        if self.loss_weights is not None and len(self.loss_weights) != len(types):
             raise ConfigError(
-                f"need one of loss_weights per loss_type {self.loss_types()}, "
-                f"got {self.loss_weights}"
+                f"need one of loss_weights per loss_type {types}, got {self.loss_weights}"
             )
-        one = torch.ones(1)
-        for name in self.loss_types():
-            try:  # the loss itself knows which options it takes
-                dpo_loss(
-                    *(one, one, one, one),
-                    beta=self.beta,
-                    loss_type=name,
-                    label_smoothing=self.label_smoothing,
-                    chosen_lengths=one,
-                    rejected_lengths=one,
-                )
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ConfigError(f"need ld_alpha in [0, 1], got {self.ld_alpha}")
+        if any(name in RANKING_LOSSES for name in types):
+            self.check_ranking()
+        else:
+            self.check_losses()
+
+    def check_ranking(self) -> None:
+        """A ranking loss stands alone, without what pairs can be told."""
+        types = self.loss_types()
+        if len(types) > 1:
+            raise ConfigError(f"need a ranking loss alone, got {types}")
+        default = DPOConfig()
+        for key in PAIR_KEYS:
+            if getattr(self, key) != getattr(default, key):
+                raise ConfigError(f"loss_type {types[0]!r} has no {key}, got {getattr(self, key)}")
+
+    def check_losses(self) -> None:
+        """Take each loss once on one pair: it knows which options it takes."""
+        types, one = self.loss_types(), torch.ones(1)
+        needs = {k for t in types for k, optional in loss_inputs(t).items() if not optional}
+        refs = any(map(uses_reference, types))
+        taken = {key for name in types for key in OPTIONS[name]}
+        for key, value in (self.loss_options or {}).items():
+            if key not in LOSS_OPTIONS:
+                raise ConfigError(unknown("key of loss_options", key, LOSS_OPTIONS))
+            if key not in taken and value == LOSS_OPTIONS[key]:  # a recipe that spells defaults out
+                self.loss_options = {k: v for k, v in (self.loss_options or {}).items() if k != key}
+        names = {"chosen_lengths", "rejected_lengths"} | (
+            {"weight"} if self.use_weighting else set()
+        )
+        names |= {"margin", "win_rate", "chosen_kl", "rejected_kl"} & needs
+        options: dict[str, Any] = {**dict.fromkeys(names, one), **(self.loss_options or {})}
+        try:
+            dpo_loss(
+                one,
+                one,
+                *([one, one] if refs else []),
+                beta=self.beta,
+                loss_type=types,
+                label_smoothing=self.label_smoothing,
+                f_divergence_type=self.f_divergence_type,
+                f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+                **options,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.precompute_ref_log_probs and not refs:
+            raise ConfigError(f"need a loss with a reference to precompute, got {types}")
+        if self.precompute_ref_log_probs and "chosen_kl" in needs:
+            need = f"need the reference's whole distributions for {types}"
+            raise ConfigError(f"{need}, got precompute_ref_log_probs")
 
 
+@dataclass(kw_only=True)
+class KTOConfig(ReferenceConfig):
+    """Learning from single completions that are labelled good or bad."""
+
+    loss_type: Literal["kto", "bco", "apo_zero_unpaired"] = "kto"
+    """kto, bco or apo_zero_unpaired; fastpref/losses/unpaired.py defines them."""
+    desirable_weight: float = 1.0
+    """Weight of good completions; not of bco."""
+    undesirable_weight: float = 1.0
+    """Weight of bad completions; not of bco."""
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, 0, "desirable_weight", "undesirable_weight")
+        weights = self.desirable_weight, self.undesirable_weight
+        if self.loss_type == "bco" and weights != (1.0, 1.0):
+            raise ConfigError(f"loss_type 'bco' has no desirable_weight, got {weights}")
+
+
+LOSS_OPTIONS = {key: value for options in OPTIONS.values() for key, value in options.items()}
+# what a ranking loss cannot be told
+PAIR_KEYS = (
+    *("loss_weights", "loss_options", "label_smoothing", "f_divergence_type"),
+    *("f_alpha_divergence_coef", "ld_alpha", "use_weighting"),
+)
 Config = TypeVar("Config", bound=TrainConfig)
 
 
@@ -349,6 +437,8 @@ def check_keys(
                     f"need one of {' and '.join(names_of(key))}, got {taken[key]} and {value}"
                 )
             taken[key] = value or taken.get(key, value)  # warmup_steps: 0 beside a warmup_ratio
+        elif key in LOSS_OPTIONS and "loss_options" in fields:
+            taken["loss_options"] = {**(taken.get("loss_options") or {}), key: value}
         elif key in INERT:
             notes.append(f"{given} has no effect: {INERT[key]}")
         elif key in UNSUPPORTED:

@@ -59,6 +59,9 @@ class Engine(Protocol):
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks."""
 
+    def all_gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows of all ranks, which may differ in number, and where this rank's begin."""
+
     def sizes(self) -> tuple[int, int]:
         """Bytes that save_model writes, and save_state."""
 
@@ -147,6 +150,9 @@ class TorchEngine:
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values
+
+    def all_gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        return rows, 0
 
     def sizes(self) -> tuple[int, int]:
         model = sum(p.nbytes for p in self.model.parameters())

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from fastpref.data.packing import num_tokens, pack, split_groups
+from fastpref.data.packing import num_tokens, split_groups
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
-from fastpref.models.head import LogpModel
 from fastpref.rollout.generate import SamplingParams, generate
 from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback
@@ -21,9 +20,10 @@ from fastpref.train.checkpoint import CheckpointError, TrainerState
 from fastpref.train.config import ConfigError, TrainConfig, unknown
 from fastpref.train.console import Display
 from fastpref.train.engine import Engine, OptimizerSpec
+from fastpref.train.forward import Forward, Part
 from fastpref.train.guard import DivergedError, Stopped, StopRequest, check_room
 from fastpref.train.metrics import JsonLines, MetricSums, peak_memory
-from fastpref.train.reference import hash_groups, hash_weights, with_reference
+from fastpref.train.reference import hash_groups, hash_weights
 from fastpref.train.schedule import Plan, eval_strategy, moments
 
 # keys that shape the steps; others, such as when to log, may change when a run goes on
@@ -31,7 +31,9 @@ STEP_KEYS = (
     *("seed", "train_sampling_strategy", "learning_rate", "lr_scheduler_type"),
     *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "dtype", "bf16"),
-    *("beta", "loss_type", "loss_weights", "label_smoothing"),
+    *("beta", "loss_type", "loss_weights", "loss_options", "label_smoothing", "ld_alpha"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
+    *("desirable_weight", "undesirable_weight"),
 )
 # losses that may wait on the device before they are looked at
 MOST_UNSEEN = 1000
@@ -48,12 +50,12 @@ class Trainer:
     train_groups: Sequence[Group]
     eval_groups: Sequence[Group]
     run: Path
-    reference: LogpModel | None = None
     callbacks: Sequence[Callback] = ()
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         config = self.config
+        self.forward = Forward(self.engine, self.method)
         self.plan = Plan.of(config, len(self.train_groups), self.engine.world_size)
         self.counts = [self.method.count(group) for group in self.train_groups]
         name, higher = self.best_by()
@@ -151,6 +153,10 @@ class Trainer:
             raise CheckpointError(str(error)) from error
         self.engine.load_state(folder)
         self.sums.load(self.state.sums)
+        self.forward.moving = {
+            name: torch.tensor(value, dtype=torch.float64, device=self.engine.device)
+            for name, value in self.state.moving.items()
+        }
 
     def state_of(self, folder: Path) -> TrainerState:
         """The state of a checkpoint that this run may go on from.
@@ -209,7 +215,7 @@ class Trainer:
                 row = {
                     "step": step,
                     "epoch": step / self.plan.steps_per_epoch,
-                    **self.sums.read(self.engine),
+                    **self.read(self.sums),
                     "grad_norm": float(norm),
                     "learning_rate": rate,
                     "num_tokens": self.state.num_tokens,
@@ -237,16 +243,13 @@ class Trainer:
         parts = self.split(mine, self.config.per_device_train_batch_size)
         self.engine.model.train()
         total = torch.zeros((), device=self.engine.device)
-        for number, part in enumerate(parts, 1):
-            batch = pack(part).to(self.engine.device, non_blocking=True)
-            batch = with_reference(self.engine, self.reference, batch)
-            with self.engine.autocast():
-                loss, metrics = self.method(self.engine.model, batch)
-            self.engine.backward(loss, count, last=number == len(parts))
-            count_here = loss.new_full((), self.total(part))
-            self.sums.add({"loss": (loss.detach(), count_here), **metrics})
-            self.unseen.append(("loss", self.state.step + 1, part, loss.detach()))
-            total += loss.detach()
+        known = self.method.known([self.train_groups[i] for i in chosen])
+        for number, part in enumerate(self.forward.step(parts, known), 1):
+            self.engine.backward(part.loss, count, last=number == len(parts))
+            self.add(self.sums, part)
+            if part.groups:
+                self.unseen.append(("loss", self.state.step + 1, [*part.groups], part.value))
+            total += part.value
         norm, rate = self.engine.step(total)
         self.state.step += 1
         self.state.num_tokens += sum(original_tokens(self.train_groups[i]) for i in chosen)
@@ -254,6 +257,14 @@ class Trainer:
         if self.engine.device.type == "cpu" or len(self.unseen) > MOST_UNSEEN:
             self.check_finite()
         return norm, rate
+
+    def add(self, sums: MetricSums, part: Part) -> None:
+        count = part.value.new_full((), self.total(part.groups))
+        sums.add({"loss": (part.value, count), **part.metrics})
+
+    def read(self, sums: MetricSums) -> dict[str, float]:
+        values = sums.read(self.engine)
+        return values | self.method.derived(values)
 
     def check_finite(self) -> None:
         """Stop at the first loss or gradient norm that is not finite; one sync."""
@@ -286,14 +297,11 @@ class Trainer:
         began = time.perf_counter()
         self.engine.model.eval()
         mine = self.eval_groups[self.engine.rank :: self.engine.world_size]
-        for part in self.split(mine, self.config.per_device_eval_batch_size):
-            self.check_stop()
-            batch = pack(part).to(self.engine.device)
-            batch = with_reference(self.engine, self.reference, batch)
-            with self.engine.autocast():
-                loss, metrics = self.method(self.engine.model, batch)
-            sums.add({"loss": (loss, loss.new_full((), self.total(part))), **metrics})
-        metrics_read = sums.read(self.engine)
+        parts = self.split(mine, self.config.per_device_eval_batch_size)
+        known = self.method.known(self.eval_groups)
+        for part in self.forward.evaluate(parts, known, self.check_stop):
+            self.add(sums, part)
+        metrics_read = self.read(sums)
         values = {f"eval_{name}": value for name, value in metrics_read.items()}
         self.note_best(step, values)
         row = {
@@ -351,6 +359,7 @@ class Trainer:
     def save(self, *, only_model: bool = False) -> Path:
         self.check_finite()
         self.state.sums = self.sums.state()
+        self.state.moving = {name: float(x) for name, x in self.forward.moving.items()}
         self.state.lines = {file.path.name: file.count for file in (self.file, self.samples)}
         for file in (self.file, self.samples):
             file.sync()
@@ -400,7 +409,7 @@ def measure_changes(was: TrainerState, now: TrainerState) -> list[str]:
 
 def described(groups: Sequence[Group]) -> str:
     """Which data these are, in a line that two runs can be held against."""
-    return f"{len(groups)} groups, sha256 {hash_groups(groups)[:16]}"
+    return f"{len(groups)} groups, sha256 {hash_groups(groups, numbers=True)[:16]}"
 
 
 def original_tokens(group: Group) -> int:

@@ -142,11 +142,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "completion_only_loss": (None, True),
     "loss_type": ("nll",),
     # DPO
-    "ld_alpha": (None,),
-    "f_divergence_type": ("reverse_kl",),
-    "f_alpha_divergence_coef": (0.5,),
-    "use_weighting": (False,),
-    "discopop_tau": (0.05,),
     "sync_ref_model": (False,),
     "ref_model_mixup_alpha": (0.6,),
     "ref_model_sync_steps": (512,),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpref.data.packing import Batch, pack, split_groups
 from fastpref.data.tokenize import Group
-from fastpref.logps import sequence_logp
+from fastpref.methods.base import Method
 from fastpref.models.head import LogpModel
 from fastpref.train.checkpoint import CheckpointError
 from fastpref.train.console import tell
@@ -25,22 +25,26 @@ from fastpref.train.guard import DivergedError, locked, size
 
 
 @torch.no_grad()
-def score(engine: Engine, model: LogpModel, batch: Batch) -> Tensor:
+def score(engine: Engine, method: Method, model: LogpModel, batch: Batch) -> Tensor:
     """(B,) fp32 summed log-prob of each completion's scored tokens, in nats."""
     with engine.autocast():
         stats = model(batch)
-    return sequence_logp(stats.logp, cu_seqlens=batch.completions)
+    return method.sum_logps(stats.logp, batch)
 
 
-def with_reference(engine: Engine, reference: LogpModel | None, batch: Batch) -> Batch:
+def with_reference(
+    engine: Engine, method: Method, reference: LogpModel | None, batch: Batch
+) -> Batch:
     """The batch with ``ref_logp``, scored now unless it came with the data."""
-    if reference is None or "ref_logp" in batch.extras:
+    if reference is None or method.compares_models or "ref_logp" in batch.extras:
         return batch
-    return replace(batch, extras={**batch.extras, "ref_logp": score(engine, reference, batch)})
+    scores = score(engine, method, reference, batch)
+    return replace(batch, extras={**batch.extras, "ref_logp": scores})
 
 
 def precompute(
     engine: Engine,
+    method: Method,
     model: LogpModel,
     groups: Sequence[Group],
     folder: Path,
@@ -56,10 +60,12 @@ def precompute(
 
     Args:
         engine: where the model lives.
+        method: what the scores are for: it says how tokens add up.
         model: the reference: the policy before its first step.
         groups: what to score.
         folder: of safetensors files with ``ref_logp`` (completions,) fp32, each named by its key:
-            the model's weights and config, the precision, and the tokens, which hold whatever
+            the model's weights and config, the precision, the rule by which tokens add up where it
+            is no plain sum, and the tokens, which hold whatever
             tokenizer, template and truncation made of the data. Another key is computed anew.
         batch_size: groups per forward.
         max_tokens: tokens per forward, if groups are to be split by that instead.
@@ -78,14 +84,14 @@ def precompute(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"need a folder for reference log-probs, got {error}") from error
-    path = folder / f"{cache_key(engine, model, groups)}.safetensors"
+    path = folder / f"{cache_key(engine, method, model, groups)}.safetensors"
     if not path.exists():
         limit = None if max_tokens else batch_size
         batches = split_groups(groups, max_groups=limit, max_tokens=max_tokens)
         try:
             with locked(path.with_suffix(".lock"), while_waiting=on_batch):
                 if not path.exists():  # else another run has filled it meanwhile
-                    fill(engine, model, batches, path, on_batch)
+                    fill(engine, method, model, batches, path, on_batch)
         except (OSError, SafetensorError) as error:
             free = size(shutil.disk_usage(folder).free)
             raise CheckpointError(
@@ -102,6 +108,7 @@ def precompute(
 @torch.no_grad()
 def fill(
     engine: Engine,
+    method: Method,
     model: LogpModel,
     batches: Sequence[Sequence[Group]],
     path: Path,
@@ -120,7 +127,7 @@ def fill(
         file.seek(0, os.SEEK_END)
         for batch in left:
             on_batch()
-            scores = score(engine, model, pack(batch).to(engine.device)).cpu()
+            scores = score(engine, method, model, pack(batch).to(engine.device)).cpu()
             if not torch.isfinite(scores).all():
                 rows = ", ".join(str(group.row) for group in batch)
                 raise DivergedError(f"the reference's log-probs of the rows {rows} are not finite")
@@ -173,12 +180,13 @@ def read(path: Path, count: int) -> list[float]:
     return scores
 
 
-def cache_key(engine: Engine, model: LogpModel, groups: Sequence[Group]) -> str:
+def cache_key(engine: Engine, method: Method, model: LogpModel, groups: Sequence[Group]) -> str:
     """Hash of everything that the scores depend on: weights, config, precision, tokens."""
     digest = hashlib.sha256()
     digest.update(model.model.config.to_json_string(use_diff=False).encode())
     with engine.autocast():
         digest.update(f"{autocast_dtype(engine.device)}".encode())
+    digest.update(method.reference_rule.encode())
     digest.update(hash_weights(model).encode())
     digest.update(hash_groups(groups).encode())
     return digest.hexdigest()
@@ -198,9 +206,12 @@ def hash_weights(model: LogpModel) -> str:
     return digest.hexdigest()
 
 
-def hash_groups(groups: Sequence[Group]) -> str:
-    """Hash of the tokens of every group, and of which of them are scored."""
+def hash_groups(groups: Sequence[Group], *, numbers: bool = False) -> str:
+    """Hash of the tokens of every group, of which of them are scored, and of its own numbers."""
     digest = hashlib.sha256()
     for group in groups:
         digest.update(repr((group.prompt, group.completions, group.scored)).encode())
+        if numbers:
+            given = sorted(item for item in group.extras.items() if item[0] != "ref_logp")
+            digest.update(repr(given).encode())
     return digest.hexdigest()

@@ -13,11 +13,15 @@ import torch
 import yaml
 
 from fastpref.data.files import DataError
-from fastpref.data.formats import Example, Kind, load_examples, to_examples
+from fastpref.data.formats import Example, load_examples, to_examples
 from fastpref.data.packing import split_groups
 from fastpref.data.tokenize import Group, tokenize
+from fastpref.data.unpaired import add_mismatched
+from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.methods.base import Method
 from fastpref.methods.dpo import DPO, LossFn
+from fastpref.methods.kto import KTO
+from fastpref.methods.ranking import Ranking
 from fastpref.methods.sft import SFT
 from fastpref.models.attention import ModelError
 from fastpref.models.head import LogpModel
@@ -36,6 +40,7 @@ from fastpref.train.config import (
     Config,
     ConfigError,
     DPOConfig,
+    KTOConfig,
     SFTConfig,
     TrainConfig,
     check_keys,
@@ -89,7 +94,7 @@ def dpo(
     loss_fn: LossFn | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Train on preference pairs against a frozen copy of the model as it came.
+    """Train on preference pairs, or on rankings, mostly against a frozen copy of the model.
 
     Args:
         config: a DPOConfig, or its keys and values.
@@ -113,16 +118,55 @@ def dpo(
         Stopped: SIGTERM, SIGUSR1 or Ctrl-C; a SystemExit with code 0: the run is saved.
     """
     config = as_config(DPOConfig, config)
-    method = DPO(
+    method = preference_method(config, loss_fn)
+    data = Data(train_dataset, eval_dataset)
+    return run(config, method, data, model, tokenizer, callbacks)
+
+
+def kto(
+    config: KTOConfig | Mapping[str, Any],
+    model: Any = None,
+    train_dataset: Rows | None = None,
+    eval_dataset: Rows | None = None,
+    *,
+    tokenizer: Any = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Train on completions labelled good or bad, or on pairs taken apart; arguments as for
+    :func:`dpo`.
+    """
+    config = as_config(KTOConfig, config)
+    method = KTO(
         beta=config.beta,
-        loss_types=tuple(config.loss_types()),
-        loss_weights=tuple(config.loss_weights) if config.loss_weights else None,
-        label_smoothing=config.label_smoothing,
-        loss_fn=loss_fn,
+        loss_type=config.loss_type,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
         precomputes_reference=config.precompute_ref_log_probs,
     )
     data = Data(train_dataset, eval_dataset)
     return run(config, method, data, model, tokenizer, callbacks)
+
+
+def preference_method(config: DPOConfig, loss_fn: LossFn | None = None) -> Method:
+    """What ``fastpref dpo`` learns by, from its configuration."""
+    types, precomputes = tuple(config.loss_types()), config.precompute_ref_log_probs
+    if types[0] in RANKING_LOSSES:
+        if loss_fn is not None:
+            raise ConfigError(f"need loss_type without a loss_fn, got {types[0]!r} and one")
+        return Ranking(config.beta, types[0], precomputes_reference=precomputes)
+    return DPO(
+        beta=config.beta,
+        loss_types=types,
+        loss_weights=tuple(config.loss_weights) if config.loss_weights else None,
+        label_smoothing=config.label_smoothing,
+        f_divergence_type=config.f_divergence_type,
+        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+        ld_alpha=config.ld_alpha,
+        use_weighting=config.use_weighting,
+        options=config.loss_options or {},
+        loss_fn=loss_fn,
+        precomputes_reference=precomputes,
+    )
 
 
 @dataclass(frozen=True)
@@ -238,13 +282,14 @@ def prepare_reference(trainer: Trainer) -> None:
     """A frozen copy of the policy as it is now, or its scores among the groups' extras."""
     method, policy, config = trainer.method, trainer.engine.model, trainer.config
     if method.needs_reference and not method.precomputes_reference:
-        trainer.reference = policy.frozen_copy()
+        trainer.forward.reference = policy.frozen_copy()
     elif method.needs_reference:
         shared = getattr(config, "reference_cache", None)
         folder = Path(shared) if shared else trainer.run / "reference_logps"
         trainer.train_groups, trainer.eval_groups = (
             precompute(
                 trainer.engine,
+                method,
                 policy,
                 groups,
                 folder,
@@ -280,7 +325,7 @@ def read_data(
         if model is None
         else model.generation_config
     )
-    reader = Reader(config, method.kind, tokenizer, generation_config)
+    reader = Reader(config, method, tokenizer, generation_config)
     train_groups = reader.groups("train", data.train)
     given = data.evaluation is not None or config.eval_dataset_name is not None
     if eval_strategy(config, given) == "no" and not config.eval_on_start:
@@ -317,7 +362,7 @@ class Reader:
     """Rows or files to tokenised groups."""
 
     config: TrainConfig
-    kind: Kind
+    method: Method
     tokenizer: Any
     generation_config: Any
     """The model's: it may know stop tokens that the tokenizer does not."""
@@ -325,6 +370,8 @@ class Reader:
     def groups(self, part: str, rows: Rows | None) -> list[Group]:
         """The groups of the ``train`` or ``eval`` part; a line says what was dropped and why."""
         examples, dropped = self.examples(part, rows)
+        if self.method.mismatches:
+            examples = add_mismatched(examples)
         try:
             groups, cut = tokenize(
                 examples,
@@ -339,6 +386,8 @@ class Reader:
             raise
         except ValueError as error:  # what the tokenizer or the budget cannot do
             raise ConfigError(f"{part}: {error}") from error
+        if read := [name for name in self.method.columns if name in groups[0].extras]:
+            tell(f"{part}: the loss reads the columns {', '.join(read)}")
         counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
         rows_read = len(examples) + sum(n for k, n in dropped.items() if k != "sft_on_chosen")
         tell(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
@@ -351,7 +400,7 @@ class Reader:
             "skip_bad_rows": config.skip_bad_rows,
         }
         if rows is not None:
-            return to_examples(rows, self.kind, name=f"{part}_dataset", **options)
+            return to_examples(rows, self.method.kind, name=f"{part}_dataset", **options)
         name, split = config.dataset_name, config.dataset_train_split
         if part == "eval":
             split = config.dataset_test_split
@@ -363,7 +412,7 @@ class Reader:
         if name is None:
             raise ConfigError(f"need dataset_name, or {part}_dataset from Python")
         return load_examples(
-            name, self.kind, split=split, config_name=config.dataset_config, **options
+            name, self.method.kind, split=split, config_name=config.dataset_config, **options
         )
 
 

@@ -7,6 +7,7 @@ import pathlib
 import warnings
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from fastpref.data.files import DataError
 from fastpref.data.formats import Example, load_examples, to_examples
+from fastpref.data.unpaired import add_mismatched
 
 PAIR = {"prompt": "Why?", "chosen": " Because.", "rejected": " No."}
 USER, YES, NO = (
@@ -436,10 +438,303 @@ def test_nothing_to_learn_from():
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="need kind sft or preference, got 'dpo'"):
+    with pytest.raises(ValueError, match=r"need kind sft or .* or ranking, got 'dpo'"):
         to_examples([PAIR], "dpo")
     with pytest.raises(ValueError, match="turn_marker"):
         to_examples([PAIR], "sft", turn_marker="")
+
+
+# --- labels and scores
+
+GOOD = {"prompt": "Why?", "completion": " Because.", "label": True}
+BAD = {"prompt": "Why?", "completion": " No.", "label": False}
+RANKING = {"prompt": "Why?", "completions": [" a", " b", " c"], "scores": [0.5, 2.0, -1.0]}
+TWO = {"prompt": [USER], "completions": [[YES], [NO]], "scores": [1, 3]}
+
+
+def read_all_ways(folder, rows, kind):
+    """What lines, parquet and Python give: alike but for the sources, which are left out."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    pq.write_table(table, folder / "a.parquet")
+    ways = [
+        load_examples(write(folder / "a.jsonl", rows), kind),
+        load_examples(folder / "a.parquet", kind),
+        to_examples(rows, kind),
+        to_examples(datasets.Dataset(table), kind),
+    ]
+    sources = ("a.jsonl:{}", "a.parquet[{}]", "rows[{}]", "rows[{}]")
+    for (examples, _), source in zip(ways, sources, strict=True):
+        first = 1 if "jsonl" in source else 0
+        assert [e.source for e in examples] == [source.format(e.row + first) for e in examples]
+    plain = [
+        ([(e.prompt, e.completions, e.row, e.extras) for e in examples], counts)
+        for examples, counts in ways
+    ]
+    assert plain[1:] == plain[:-1]
+    return plain[0]
+
+
+def test_unpaired_rows(tmp_path):
+    found, counts = read_all_ways(tmp_path, [GOOD, BAD], "unpaired")
+    assert found == [
+        ("Why?", (" Because.",), 0, {"label": 1.0}),
+        ("Why?", (" No.",), 1, {"label": 0.0}),
+    ]
+    assert not any(counts.values())
+    rows = [
+        {"prompt": [USER], "completion": [YES], "label": 1},
+        {"prompt": None, "completion": [SYSTEM, USER, NO, USER, YES], "label": 0},
+    ]
+    found, _ = read_all_ways(tmp_path, rows, "unpaired")
+    assert found == [
+        ([USER], ([YES],), 0, {"label": 1.0}),
+        ([SYSTEM, USER], ([NO, USER, YES],), 1, {"label": 0.0}),
+    ]
+    example = one({"prompt": "Hi", "completion": [YES], "label": np.bool_(True)}, "unpaired")
+    assert (example.prompt, example.completions) == ([USER], ([YES],))
+    assert example.extras == {"label": 1.0}
+
+
+def test_a_pair_makes_two_unpaired_rows(tmp_path, caplog):
+    caplog.set_level("INFO")
+    pair = {**PAIR, "margin": 0.5}
+    rows = [pair, {**GOOD, "margin": 2.0}, {"chosen": "a b", "rejected": "a c", "margin": 3.0}]
+    found, counts = read_all_ways(tmp_path, rows, "unpaired")
+    assert found == [
+        ("Why?", (" Because.",), 0, {"margin": 0.5, "label": 1.0}),
+        ("Why?", (" No.",), 0, {"margin": 0.5, "label": 0.0}),
+        ("Why?", (" Because.",), 1, {"margin": 2.0, "label": 1.0}),
+        ("a", (" b",), 2, {"margin": 3.0, "label": 1.0}),
+        ("a", (" c",), 2, {"margin": 3.0, "label": 0.0}),
+    ]
+    assert {name: n for name, n in counts.items() if n} == {"unpaired_from_pairs": 2}
+    assert "rows: 2 preference rows, each as two, chosen with label 1 and" in caplog.text
+    chats = [{"chosen": [USER, YES], "rejected": [USER, NO], "tools": json.dumps([{"name": "x"}])}]
+    good, bad = to_examples(chats, "unpaired")[0]
+    assert (good.prompt, good.completions, bad.completions) == ([USER], ([YES],), ([NO],))
+    assert good.tools == bad.tools == [{"name": "x"}]
+    # of a pair either both are kept or none
+    spoilt = [{**PAIR, "rejected": " "}, {**PAIR, "rejected": PAIR["chosen"]}]
+    examples, counts = to_examples([*spoilt, BAD], "unpaired", max_dropped=1.0)
+    assert [e.row for e in examples] == [2]
+    assert (counts["empty_completions"], counts["identical_pairs"]) == (1, 1)
+    assert counts["unpaired_from_pairs"] == 0
+
+
+def test_rankings(tmp_path):
+    tie = {"prompt": "Why?", "completions": [" d", " e", " d"], "scores": [1, 1, 0], "score": 4}
+    found, counts = read_all_ways(tmp_path, [RANKING, tie], "ranking")
+    assert found == [
+        ("Why?", (" a", " b", " c"), 0, {"score": (0.5, 2.0, -1.0)}),
+        ("Why?", (" d", " e", " d"), 1, {"score": (1.0, 1.0, 0.0)}),
+    ]
+    assert not any(counts.values())
+    mixed = [
+        {**TWO, "chosen": None, "rejected": None},
+        {"chosen": [USER, YES], "rejected": [USER, NO]},
+    ]
+    found, counts = read_all_ways(tmp_path, mixed, "ranking")
+    assert found == [
+        ([USER], ([YES], [NO]), 0, {"score": (1.0, 3.0)}),
+        ([USER], ([YES], [NO]), 1, {"score": (1.0, 0.0)}),
+    ]
+    assert not any(counts.values())
+    whole = {"prompt": "Hi", "completions": [[USER, YES], [USER, NO], [USER, YES, USER, YES]]}
+    example = one({**whole, "scores": (np.float32(0.5), 2, True)}, "ranking")
+    assert (example.prompt, example.completions) == ([USER], ([YES], [NO], [YES, USER, YES]))
+    assert example.extras == {"score": (0.5, 2.0, 1.0)}
+    last = {**whole, "completions": [[USER, YES], [USER, YES], [SYSTEM, USER, YES]]}
+    assert "got user and user and system first" in fault({**last, "scores": [1, 2, 3]}, "ranking")
+
+
+def test_ratings_are_no_plain_numbers():
+    columns = {"label": 1, "score": 2, "completions": 4, "margin": 5}
+    ranking = {"score": (1.0, 0.0), "margin": 5.0}
+    assert one({**PAIR, **columns}, "ranking").extras == ranking
+    good, _ = to_examples([{**PAIR, **columns}], "unpaired")[0]
+    assert good.extras == {"label": 1.0, "margin": 5.0}
+    for kind in ("sft", "preference"):
+        assert one({**PAIR, **columns}, kind).extras == columns
+
+
+def test_rankings_with_nothing_to_learn():
+    tied = [{**RANKING, "scores": [3, 3.0, 3]}, {**RANKING, "scores": [0.0, -0.0, 1e-300]}]
+    empty = [{**RANKING, "completions": [" a", " ", " c"]}]
+    same = [{**PAIR, "rejected": PAIR["chosen"]}]
+    good = [RANKING] * 396
+    examples, counts = to_examples([*tied, *empty, *same, *good], "ranking")
+    assert (len(examples), examples[0].row) == (396, 4)
+    dropped = {"tied_rankings": 2, "empty_completions": 1, "identical_pairs": 1}
+    assert {name: n for name, n in counts.items() if n} == dropped
+    got = (
+        r"got 4 of 399 \(1 empty completions, 1 identical pairs, 2 tied rankings; first: rows\[0\]"
+    )
+    with pytest.raises(DataError, match=got):
+        to_examples([*tied, *empty, *same, *good[1:]], "ranking")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"label": None},
+            "(or implicit in messages), completion and label, or chosen and rejected",
+        ),
+        ({"label": None}, "got prompt, completion, label (empty)"),
+        ({"prompt": None}, "got prompt (empty), completion, label"),
+        ({"label": 2}, "label: need true or false, or 1 or 0, got 2"),
+        ({"label": 0.5}, "got 0.5"),
+        ({"label": float("nan")}, "got nan"),
+        ({"label": 10**5000}, "got int"),
+        ({"label": "true"}, "got str"),
+        ({"label": [True]}, "got list"),
+        ({"completion": 3}, "completion: need text or a list of messages, got int"),
+        ({"completion": [YES]}, "need a message before the reply, got assistant first"),
+        ({"prompt": [USER]}, "got prompt: list, completion: str"),
+    ],
+    ids=range(12),
+)
+def test_bad_unpaired_rows(change, message):
+    row = {**GOOD, **change}
+    if change == {"completion": [YES]}:
+        del row["prompt"]
+    got = fault(row, "unpaired")
+    assert got.startswith("data[0]: ") and message in got
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"scores": None},
+            "need the columns prompt, completions and scores, or chosen and rejected",
+        ),
+        ({"prompt": None}, "got prompt (empty), completions, scores"),
+        ({"completions": "abc"}, "completions: need a list of at least 2, got str"),
+        ({"completions": [" a"], "scores": [1]}, "completions: need a list of at least 2, got 1"),
+        (
+            {"completions": [" a", 3, " c"]},
+            "completions[1]: need text or a list of messages, got int",
+        ),
+        (
+            {"completions": [USER, YES, NO]},
+            "completions[0]: need text or a list of messages, got dict",
+        ),
+        (
+            {"completions": [" a", [YES], " c"]},
+            "got prompt: str, completions[0]: str, completions[1]: list, completions[2]: str",
+        ),
+        (
+            {"prompt": [USER], "completions": [[YES], [USER], [NO]]},
+            "completions[1]: need an assistant message, got user",
+        ),
+        ({"scores": [1, 2]}, "scores: need 3, one for each completion, got 2"),
+        ({"scores": 3}, "scores: need 3, one for each completion, got int"),
+        ({"scores": [1, float("nan"), 2]}, "scores[1]: need a finite fp32 number, got nan"),
+        ({"scores": [1, 2, np.float64("-inf")]}, "scores[2]: need a finite fp32 number, got -inf"),
+        ({"scores": [1e39, 2, 3]}, "scores[0]: need a finite fp32 number, got 1e+39"),
+        ({"scores": [1, 10**5000, 3]}, "scores[1]: need a finite fp32 number, got int"),
+        ({"scores": [1, None, 3]}, "scores[1]: need a finite fp32 number, got NoneType"),
+        ({"scores": [1, "2", 3]}, "scores[1]: need a finite fp32 number, got str"),
+    ],
+    ids=range(16),
+)
+def test_bad_rankings(change, message):
+    got = fault({**RANKING, **change}, "ranking")
+    assert got.startswith("data[0]: ") and message in got
+
+
+# --- mismatched completions
+
+
+def singles(*pairs):
+    return [Example(p, (c,), n, f"data:{n + 1}", {"label": 1.0}) for n, (p, c) in enumerate(pairs)]
+
+
+def mismatched(*pairs):
+    """The completion that each (prompt, completion) gets beside its own."""
+    examples = singles(*pairs)
+    made = add_mismatched(examples)
+    assert [e.completions[0] for e in made] == [e.completions[0] for e in examples]
+    rest = [(e.prompt, e.row, e.source, e.extras) for e in made]
+    assert rest == [(e.prompt, e.row, e.source, e.extras) for e in examples]
+    return [e.completions[1] for e in made]
+
+
+def test_mismatched_completions():
+    def of(text):  # "pa qb": the completion a of prompt p, then b of q
+        return "".join(mismatched(*[tuple(pair) for pair in text.split()]))
+
+    assert of("pa qb rc") == "cab"  # the first looks to the end
+    assert of("pa qb rb") == "baa"  # the last passes over an equal completion
+    assert of("pa pb qc qd") == "ddbb"  # no answer of the same prompt
+    assert of("pa qb pb") == "baa"  # nothing fits the last: another answer of its prompt
+    assert of("pa pb pb") == "baa"  # one prompt alone
+    assert of("wz ra qa pc pb pa") == "azzaaz"  # the last passes over all but the first
+    assert add_mismatched([]) == []
+
+
+def test_mismatched_completions_have_the_same_form():
+    again = {"content": "Hi", "role": "user"}  # the same message, its fields in another order
+    pairs = [("p", "a"), ([USER], [YES]), ("q", "b"), ([SYSTEM, USER], [NO]), ([again], [NO])]
+    assert mismatched(*pairs) == ["b", [NO], "a", [YES], [YES]]
+
+
+def test_no_mismatched_completion():
+    for pairs, source in [
+        ([("p", "a")], "data:1"),
+        ([("p", "a"), ("q", "a")], "data:1"),
+        ([("p", "a"), ([USER], [YES]), ("q", "b")], "data:2"),
+    ]:
+        with pytest.raises(DataError, match=rf"^{source}: need completions that differ"):
+            add_mismatched(singles(*pairs))
+    with pytest.raises(
+        ValueError, match=r"^rows\[0\]: need examples of one completion, got one of 2"
+    ):
+        add_mismatched([one(PAIR)])
+
+
+@given(st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from("abcd")), max_size=12))
+@settings(max_examples=500, deadline=None)
+def test_mismatched_completions_by_trying_all(pairs):
+    def nearest(i):
+        earlier = [pairs[i - step] for step in range(1, len(pairs))]
+        differing = [(p, c) for p, c in earlier if c != pairs[i][1]]
+        return next((c for p, c in differing if p != pairs[i][0]), differing and differing[0][1])
+
+    want = [nearest(i) for i in range(len(pairs))]
+    if all(want):
+        assert mismatched(*pairs) == want
+    else:
+        with pytest.raises(DataError, match="need completions that differ"):
+            mismatched(*pairs)
+
+
+class Counted(str):
+    """Text that counts how often it is compared."""
+
+    __slots__ = ()
+    __hash__ = None
+    times = 0
+
+    def __eq__(self, other):
+        Counted.times += 1
+        return str.__eq__(self, other)
+
+    def __ne__(self, other):
+        return not self == other
+
+
+@pytest.mark.parametrize("run", ["pa", "pa qb", "pa pb", "pa qa"])
+def test_mismatching_a_run_of_equal_rows_is_linear(run):
+    def comparisons(n):
+        Counted.times = 0
+        pairs = ["pz", "zb", *(run.split() * n)]
+        add_mismatched(singles(*[tuple(map(Counted, pair)) for pair in pairs]))
+        return Counted.times
+
+    assert comparisons(2000) < 2.5 * comparisons(1000)
 
 
 # --- whatever a file holds, a fault of it is a DataError
@@ -456,6 +751,8 @@ nested = st.recursive(
     max_leaves=6,
 )
 names = ["prompt", "chosen", "rejected", "completion", "messages", "text", "tools", "x"]
+names += ["label", "completions", "scores"]
+kinds = st.sampled_from(["sft", "preference", "unpaired", "ranking"])
 rows_of_anything = st.lists(
     st.dictionaries(st.sampled_from([*names, "chat_template_kwargs"]), nested, max_size=5)
     | scalars,
@@ -478,12 +775,13 @@ def only_data_errors(path, kind, skip):
             raise AssertionError("an error that does not name its file") from error
     assert examples
     for e in examples:
-        assert len(e.completions) == (1 if kind == "sft" else 2)
+        n = len(e.completions)
+        assert n == (1 if kind in ("sft", "unpaired") else 2) or (kind == "ranking" and n > 2)
         assert isinstance(e.prompt, list) == all(isinstance(c, list) for c in e.completions)
 
 
 @quick
-@given(rows_of_anything, file_names, st.sampled_from(["sft", "preference"]), st.booleans())
+@given(rows_of_anything, file_names, kinds, st.booleans())
 def test_any_rows(tmp_path, rows, name, kind, skip):
     path = tmp_path / name
     if name.endswith(".parquet"):

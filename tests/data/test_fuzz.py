@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from fastpref.data.files import DataError
 from fastpref.data.formats import load_examples
 from fastpref.data.packing import num_tokens, pack, split_groups
+from fastpref.data.unpaired import add_mismatched
 from fastpref.models.tiny import tiny_tokenizer
 from fastpref.train.config import ConfigError, SFTConfig
 from fastpref.train.run import Reader
@@ -79,17 +80,31 @@ def row_alone(name, raw, number):
     return None
 
 
+def check_ratings(group, kind):
+    """How many completions a group of each kind has, and what it says of them."""
+    n, label, score = (len(group.completions), *map(group.extras.get, ("label", "score")))
+    if kind == "ranking":
+        assert len(score) == n >= 2 and max(score) > min(score)
+    else:
+        assert n == (2 if kind == "preference" else 1)
+    if kind == "unpaired":
+        assert label in (0.0, 1.0) and score is None
+
+
 def check_groups(groups, said, n_rows, reader):
     match = re.match(r"train: (\d+) groups of (\d+) rows(.*)", said)
-    assert match and (int(match[1]), int(match[2])) == (len(groups), n_rows), said
+    assert match and int(match[1]) == len(groups), said
     counts = {name: int(n) for name, n in re.findall(r", (\w+) (\d+)", match[3])}
-    dropped = ["bad_rows", "empty_completions", "identical_pairs"]
+    split = counts.get("unpaired_from_pairs", 0)
+    assert split or int(match[2]) == n_rows, said
+    dropped = ["bad_rows", "empty_completions", "identical_pairs", "tied_rankings"]
     dropped += ["dropped_identical", "dropped_empty"]
-    assert len(groups) + sum(counts.get(name, 0) for name in dropped) == n_rows, said
+    assert len(groups) + sum(counts.get(name, 0) for name in dropped) == n_rows + split, said
     rows = [group.row for group in groups]
-    assert groups and rows == sorted(set(rows)) and rows[-1] < n_rows
+    twice = len(rows) - len(set(rows))
+    assert groups and rows == sorted(rows) and rows[-1] < n_rows and twice <= split
     for group in groups:
-        assert len(group.completions) == (2 if reader.kind == "preference" else 1)
+        check_ratings(group, reader.kind)
         for ids, scored in zip(group.completions, group.scored, strict=True):
             assert group.prompt and ids
             assert len(group.prompt) + len(ids) <= (reader.config.max_length or float("inf"))
@@ -99,6 +114,21 @@ def check_groups(groups, said, n_rows, reader):
         assert len(batch.input_ids) == sum(map(num_tokens, part))
         assert len(batch.groups) == len(part) + 1
         assert all(values.isfinite().all() for values in batch.extras.values())
+
+
+def check_mismatched(reader, path):
+    """Every example gets another completion, unless those of one form are all alike."""
+    reader = replace(reader, config=replace(reader.config, dataset_name=str(path)))
+    examples, _ = reader.examples("train", None)
+    with contextlib.suppress(DataError):
+        made = add_mismatched(examples)
+        assert [e.completions[0] for e in made] == [e.completions[0] for e in examples]
+        for e in made:
+            own, other = e.completions
+            assert own != other and type(own) is type(other)
+        return
+    forms = [[e.completions[0] for e in examples if isinstance(e.prompt, f)] for f in (str, list)]
+    assert any(form and all(c == form[0] for c in form) for form in forms)
 
 
 def check_refusal(error, path, files, reader):
@@ -144,6 +174,8 @@ def how_it_ends(case, folder):
         check_config(str(error), case)
         return "refused"
     check_groups(groups, said, sum(rows_in(*file) for file in files.items()), reader)
+    if case.kind == "unpaired":
+        check_mismatched(reader, path)
     return "accepted"
 
 

@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.data.chat import stop_token_ids
 from fastpref.data.files import DataError
-from fastpref.data.formats import Example, load_examples
+from fastpref.data.formats import Example, load_examples, to_examples
+from fastpref.data.packing import pack
 from fastpref.data.tokenize import Group, tokenize
+from fastpref.data.unpaired import add_mismatched
 
 # id: 0      1     2       3    4         5       6            7        8     9       10
 WORDS = ["?", "\n", "\n\n", " ", "system", "user", "assistant", "model", "Be", "kind", "Hi"]
@@ -328,6 +330,51 @@ def test_order_of_strings_and_chats_is_kept():
     groups, _ = tokenize(mixed, tokenizer)
     assert [g.completions for g in groups] == [([3, 11, 21],), ([11, 21],), ([3, 12, 21],)]
     assert [g.row for g in groups] == [0, 0, 2]
+
+
+def test_scores_come_to_the_batch():
+    row = {"prompt": "c", "completions": ["c", "b", "c"], "scores": [0.5, -1, 2], "margin": 3}
+    chats = {"prompt": [HI], "completions": [[NO], [YES]], "scores": [1, 4], "margin": 5}
+    pair = {"prompt": "c", "chosen": "b", "rejected": "a", "margin": 6}
+    alike = {"prompt": "c", "completions": ["b", "b"], "scores": [0, 1], "margin": 7}
+    examples, _ = to_examples([row, pair, alike], "ranking")
+    groups, counts = tokenize(examples, letters())
+    assert groups[0].completions == ([5, 2], [4, 2], [5, 2])  # two alike, in the order given
+    assert counts["dropped_identical"] == 1  # all alike
+    batch = pack(groups)
+    assert batch.groups.tolist() == [0, 3, 5]
+    assert batch.extras["score"].tolist() == [0.5, -1.0, 2.0, 1.0, 0.0]
+    assert batch.extras["margin"].tolist() == [3.0, 6.0]
+    groups, _ = tokenize(to_examples([chats], "ranking")[0], chatml())
+    assert groups[0].completions == ([12, 21], [11, 21])
+    assert pack(groups).extras["score"].tolist() == [1.0, 4.0]
+
+
+def test_labels_come_to_the_batch():
+    pair = {"prompt": "c", "chosen": "b", "rejected": "a"}
+    rows = [pair, {"prompt": "a", "completion": "c", "label": True}]
+    examples, _ = to_examples(rows, "unpaired")
+    groups, _ = tokenize(examples, letters())
+    assert [(g.prompt, g.completions) for g in groups] == [
+        ([5], ([4, 2],)),
+        ([5], ([3, 2],)),
+        ([3], ([5, 2],)),
+    ]
+    batch = pack(groups)
+    assert batch.extras["label"].tolist() == [1.0, 0.0, 1.0]
+    assert batch.extras["row"].tolist() == [0, 0, 1]
+    groups, _ = tokenize(add_mismatched(examples), letters())
+    assert [g.completions for g in groups] == [
+        ([4, 2], [5, 2]),
+        ([3, 2], [5, 2]),
+        ([5, 2], [3, 2]),
+    ]
+    assert pack(groups).extras["label"].tolist() == [1.0, 0.0, 1.0]
+    chats = [{"prompt": [HI], "completion": [YES], "label": 0}]
+    chats += [{"completion": [WHY, NO], "label": 1}]
+    groups, _ = tokenize(add_mismatched(to_examples(chats, "unpaired")[0]), chatml())
+    assert [g.completions for g in groups] == [([11, 21], [12, 21]), ([12, 21], [11, 21])]
+    assert pack(groups).extras["label"].tolist() == [0.0, 1.0]
 
 
 @functools.cache
