@@ -6,6 +6,7 @@ The ops need torch alone; ``fastpref.sft``, ``dpo`` and ``kto`` train, and need 
 from typing import TYPE_CHECKING, Any
 
 from fastpref.kernels.gather_rows import gather_rows
+from fastpref.kernels.linear_kl import linear_kl
 from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
 from fastpref.kernels.logp_from_logits import TokenStats, logp_from_logits, logp_stats_from_logits
 from fastpref.logps import linear_sequence_logp, sequence_logp
@@ -28,6 +29,7 @@ __all__ = [
     "dpo_loss",
     "gather_rows",
     "kto_loss",
+    "linear_kl",
     "linear_logp",
     "linear_logp_stats",
     "linear_sequence_logp",

@@ -14,7 +14,6 @@ from fastpref.kernels.gather_rows import check_index, sum_copies
 from fastpref.kernels.linear_logp_plan import DEFAULT_WORKSPACE, OTHER_WORKSPACE, pitch
 from fastpref.kernels.logits import Transform, tiles
 from fastpref.kernels.logp_from_logits import check_positive
-from fastpref.kernels.logp_rows_torch import LOWEST
 from fastpref.kernels.product import full_precision, operand, product, upcasts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -127,7 +126,7 @@ class _Sums:
         """Take columns of logits; all three are scratch."""
         old = self.top.double()
         self.top = torch.maximum(self.top, torch.stack([z.amax(1), ref_z.amax(1)]))
-        drop = old.sub_(self.top).clamp_(min=LOWEST)
+        drop = old.sub_(self.top)  # finite in fp64
         shrink = drop.exp()
         self.gap.addcmul_(drop[1] - drop[0], self.total[1]).mul_(shrink[1])
         self.total.mul_(shrink)

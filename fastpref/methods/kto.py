@@ -24,6 +24,11 @@ from fastpref.methods.base import (
 from fastpref.methods.dpo import running_mean
 from fastpref.models.head import LogpModel
 
+METRICS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+    *("entropy", "mean_token_accuracy"),
+)
 UnpairedType = Literal["kto", "bco", "apo_zero_unpaired"]
 
 
@@ -42,11 +47,10 @@ class KTO(Method):
     precomputes_reference: bool = False
     needs_reference = True
     kind: ClassVar[Kind] = "unpaired"
-    metric_names: ClassVar[tuple[str, ...]] = (
-        *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "kl"),
-        *("entropy", "mean_token_accuracy"),
-    )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*METRICS, *(["kl"] if self.mismatches else []))
 
     @property
     def couples(self) -> bool:  # type: ignore[override]

@@ -136,15 +136,19 @@ def kto(
     :func:`dpo`.
     """
     config = as_config(KTOConfig, config)
-    method = KTO(
+    data = Data(train_dataset, eval_dataset)
+    return run(config, kto_method(config), data, model, tokenizer, callbacks)
+
+
+def kto_method(config: KTOConfig) -> KTO:
+    """What ``fastpref kto`` learns by, from its configuration."""
+    return KTO(
         beta=config.beta,
         loss_type=config.loss_type,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
         precomputes_reference=config.precompute_ref_log_probs,
     )
-    data = Data(train_dataset, eval_dataset)
-    return run(config, method, data, model, tokenizer, callbacks)
 
 
 def preference_method(config: DPOConfig, loss_fn: LossFn | None = None) -> Method:
@@ -386,11 +390,12 @@ class Reader:
             raise
         except ValueError as error:  # what the tokenizer or the budget cannot do
             raise ConfigError(f"{part}: {error}") from error
+        counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
+        taken = dropped["unpaired_from_pairs"], dropped["sft_on_chosen"]  # counted, not dropped
+        rows_read = len(examples) - taken[0] + sum(dropped.values()) - sum(taken)
+        tell(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
         if read := [name for name in self.method.columns if name in groups[0].extras]:
             tell(f"{part}: the loss reads the columns {', '.join(read)}")
-        counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
-        rows_read = len(examples) + sum(n for k, n in dropped.items() if k != "sft_on_chosen")
-        tell(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
         return groups
 
     def examples(self, part: str, rows: Rows | None) -> tuple[list[Example], dict[str, int]]:

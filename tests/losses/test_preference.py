@@ -254,7 +254,10 @@ def test_torch_compile(loss_type):
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "'hinge' has no label_smoothing, got"),
         ({"loss_type": "ipo", "margin": torch.ones(1), **LENGTHS}, "'ipo' has no margin, got"),
         ({"loss_type": "ipo", "weights": 1.0, **LENGTHS}, "'ipo' has no weights, got"),
-        ({"loss_type": ["sigmoid", "ipo_sum"], "label_smoothing": 0.1}, "'ipo_sum' has no label_sm"),
+        (
+            {"loss_type": ["sigmoid", "ipo_sum"], "label_smoothing": 0.1},
+            "'ipo_sum' has no label_sm",
+        ),
         ({"simpo_gamma": 1.0}, "'sigmoid' has no simpo_gamma, got"),
         ({"loss_type": "rdpo", "gamma": 1.0, **LENGTHS}, r"no gamma, .*own options: rdpo_alpha\)"),
         ({"loss_type": "simpo", **LENGTHS}, "'simpo' has no reference, got its log-probs"),

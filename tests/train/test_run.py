@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fastpref.losses.preference import PairLoss
+from fastpref.losses.pairs import PairLoss
 from fastpref.methods.dpo import DPO
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError, TrainerState, checksum, text_of
