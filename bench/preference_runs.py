@@ -1,0 +1,176 @@
+"""Every preference loss as a run: 20 steps each from one fine-tuned model, on the same pairs.
+
+``FASTPREF_DATA=DIR python -m bench.preference_runs --out DIR`` (without the data: made reviews)
+appends a row for each: the loss in training and on held-out pairs, the margin and accuracy of the
+run's own rewards there, and how often the log-ratio to the fine-tuned model ranks a held-out pair
+rightly. Rankings are four models' solutions of a question, right ones above wrong ones, where the
+data are there. ``--table FILE`` prints rows as Markdown.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+from bench.dpo_step import pairs
+from bench.harness import facts, write
+from fastpref.data.formats import to_examples
+from fastpref.data.packing import split_groups
+from fastpref.data.tokenize import tokenize
+from fastpref.losses.pairs import loss_inputs
+from fastpref.losses.preference import LOSSES
+from fastpref.losses.ranking import RANKING_LOSSES
+from fastpref.methods.dpo import DPO
+from fastpref.models.head import LogpModel
+from fastpref.models.load import load_model, load_tokenizer
+from fastpref.models.tiny import tiny_model, tiny_tokenizer
+from fastpref.train.engine import TorchEngine
+from fastpref.train.forward import Forward
+from fastpref.train.metrics import MetricSums
+from fastpref.train.run import dpo, kto, sft
+
+UNPAIRED = ("kto", "bco", "apo_zero_unpaired")
+STEPS, BATCH, HELD_OUT, TRAIN = 20, 16, 300, 1600
+# as papers and trainers have them where it is not 0.1
+BETAS = {"simpo": 2.0, "sigmoid_norm": 5.0, "alpha_dpo": 2.5, "nca_pair": 0.01, "sppo": 0.01}
+BETAS |= {"sppo_hard": 0.01, "discopop": 0.05, "aot": 0.01, "aot_unpaired": 0.01}
+# what a loss may need and the data do not hold: the same for every pair
+COLUMNS = {"margin": 0.5, "win_rate": 0.9}
+COMMON = {
+    "max_length": 256,
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": BATCH,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report": False,
+    "disable_tqdm": True,
+}
+
+
+def prepare(folder, train):
+    """A tiny model that has seen the chosen completions."""
+    tokenizer = tiny_tokenizer((r["prompt"] + r["chosen"] for r in train), 4096)
+    model = tiny_model(tokenizer, hidden=128, layers=4, heads=4)
+    config = {"output_dir": str(folder), "num_train_epochs": 1, "learning_rate": 1e-3, **COMMON}
+    sft(config, model, train, tokenizer=tokenizer)
+
+
+def rankings():
+    """Questions with four models' solutions; None where the data are not there."""
+    file = Path(os.environ.get("FASTPREF_DATA", ".")) / "gsm8k" / "model_solutions.jsonl.gz"
+    if not file.exists():
+        return None
+    rows = []
+    for line in gzip.open(file, "rt"):
+        row = json.loads(line)
+        solutions = [value for value in row.values() if isinstance(value, dict)]
+        scores = [int(solution["is_correct"]) for solution in solutions]
+        if len(set(scores)) > 1 and all(solution["solution"].strip() for solution in solutions):
+            texts = [" " + solution["solution"].strip() for solution in solutions]
+            rows.append({"prompt": row["question"], "completions": texts, "scores": scores})
+    return rows
+
+
+def rows_for(name, train, held_out):
+    """Training and held-out rows that the loss can read."""
+    ranked = rankings() if name in RANKING_LOSSES else None
+    if ranked is not None:
+        return ranked[HELD_OUT:], ranked[:HELD_OUT]
+    wanted = loss_inputs(name) if name in LOSSES else {}
+    more = {key: value for key, value in COLUMNS.items() if not wanted.get(key, True)}
+    return [[{**row, **more} for row in rows] for rows in (train, held_out)]
+
+
+def pair_accuracy(model, start, tokenizer, rows):
+    """How often the log-ratio to ``start`` is higher for the chosen completion."""
+    groups, _ = tokenize(to_examples(rows, "preference")[0], tokenizer, max_length=256)
+    reference = LogpModel(load_model(str(start))).requires_grad_(False)
+    engine = TorchEngine(model, next(model.parameters()).device)
+    sums = MetricSums()
+    parts = split_groups(groups, max_groups=BATCH)
+    for part in Forward(engine, DPO(), reference).evaluate(parts, {}, lambda: None):
+        sums.add(part.metrics)
+    return sums.read(engine)["rewards/accuracies"]
+
+
+def train_with(name, start, folder, train, held_out):
+    """The row of one loss."""
+    given = rows_for(name, train, held_out)
+    beta = BETAS.get(name, 0.1)
+    config = {
+        "output_dir": str(folder),
+        "loss_type": name,
+        "beta": beta,
+        "max_steps": STEPS,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "eval_steps": STEPS,
+        "eval_on_start": True,
+        **COMMON,
+    }
+    learn = kto if name in UNPAIRED else dpo
+    tokenizer = load_tokenizer(str(start))
+    result = learn(config, load_model(str(start)), *given, tokenizer=tokenizer)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    before, after = (line for line in lines if "eval_loss" in line)
+    kept = {"loss": "eval_loss", "margin": "eval_rewards/margins"}
+    kept["accuracy"] = "eval_rewards/accuracies"
+    return {
+        "op": "preference_run",
+        "loss_type": name,
+        "beta": beta,
+        "steps": STEPS,
+        "batch": BATCH,
+        "held_out": len(given[1]),
+        "first_losses": statistics.mean(losses[:5]),
+        "last_losses": statistics.mean(losses[-5:]),
+        **{f"{key}_before": before[metric] for key, metric in kept.items()},
+        **{f"{key}_after": after[metric] for key, metric in kept.items()},
+        "pair_accuracy": pair_accuracy(result.model, start, tokenizer, held_out),
+    }
+
+
+def markdown(rows):
+    """The newest row of each loss."""
+    newest = {row["loss_type"]: row for row in rows}
+    head = ("loss_type", "beta", "loss of the first 5 steps", "of the last 5", "held-out loss")
+    head += ("held-out margin", "accuracy", "of log-ratios")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in newest.values():
+        moves = (f"{row[f'{k}_before']:.4g} → {row[f'{k}_after']:.4g}" for k in ("loss", "margin"))
+        accuracy = f"{row['accuracy_before']:.3f} → {row['accuracy_after']:.3f}"
+        means = (f"{row[key]:.4g}" for key in ("first_losses", "last_losses"))
+        cells = (row["loss_type"], f"{row['beta']:g}", *means, *moves, accuracy)
+        lines.append(f"| {' | '.join(cells)} | {row['pair_accuracy']:.3f} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder whose file of this machine gets the rows")
+    parser.add_argument("--types", nargs="*", help="only these")
+    parser.add_argument("--table", type=Path, help="print the rows of this file instead")
+    args = parser.parse_args()
+    if args.table:
+        print(markdown(map(json.loads, args.table.read_text().splitlines())))
+        return
+    data, rows = pairs(TRAIN + HELD_OUT)
+    train, held_out = rows[:TRAIN], rows[TRAIN:]
+    about = {**facts(), "data": data, "columns": COLUMNS}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        start = Path(folder) / "sft"
+        prepare(start, train)
+        for name in args.types or [*LOSSES, *RANKING_LOSSES, *UNPAIRED]:
+            write(
+                {**train_with(name, start, Path(folder) / name, train, held_out), **about}, args.out
+            )
+
+
+if __name__ == "__main__":
+    main()
