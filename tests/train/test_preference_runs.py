@@ -1,0 +1,201 @@
+"""Losses as runs: what each loads, remembers and refuses, from the command line's keys on."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastpref.cli import parse
+from fastpref.data.files import DataError
+from fastpref.models.head import LogpModel
+from fastpref.train.checkpoint import CheckpointError, path_of
+from fastpref.train.config import ConfigError, DPOConfig, KTOConfig
+from fastpref.train.run import dpo, kto, preference_method
+
+TIMES = ("tokens_per_second", "eval_runtime", "peak_memory_gib")
+
+
+def options(folder, **more):
+    base = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+    }
+    return base | more
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def labelled(pairs):
+    return [
+        {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+        for p in pairs
+        for side in ("chosen", "rejected")
+    ]
+
+
+def ranked(pairs):
+    texts = [[p["chosen"], p["rejected"]] for p in pairs]
+    return [
+        {"prompt": p["prompt"], "completions": [*mine, *other], "scores": [3, 1, 1, i % 3]}
+        for i, (p, mine, other) in enumerate(zip(pairs, texts, [*texts[1:], texts[0]], strict=True))
+    ]
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "slic", "sft", "unlikelihood"])
+def test_a_reference_is_loaded_where_it_is_read(
+    loss_type, tmp_path, tokenizer, new_model, pairs, monkeypatch
+):
+    def refuse(self):
+        raise AssertionError("a reference was made")
+
+    monkeypatch.setattr(LogpModel, "frozen_copy", refuse)
+    config = options(tmp_path, loss_type=loss_type, max_steps=1)
+    result = dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    assert result.steps == 1
+    with pytest.raises(AssertionError, match="a reference was made"):
+        dpo(options(tmp_path / "b"), new_model(), pairs, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("learn", "loss_type", "make"),
+    [
+        (kto, "kto", labelled),
+        (kto, "bco", lambda pairs: pairs),
+        (dpo, "plackett_luce", ranked),
+        (dpo, "all_pairs", ranked),
+        (dpo, "aot", lambda pairs: pairs),
+        (dpo, "tdpo2", lambda pairs: pairs),
+    ],
+)
+def test_losses_learn(learn, loss_type, make, tmp_path, tokenizer, new_model, pairs):
+    """The loss of the rows that are trained on falls; a precomputed reference changes nothing."""
+    rows = make(pairs[:8])
+    config = options(tmp_path / "live", loss_type=loss_type, per_device_train_batch_size=16)
+    config |= {"max_steps": 6, "eval_on_start": True, "eval_steps": 6, "beta": 0.3}
+    learn(config, new_model(), rows, rows, tokenizer=tokenizer)
+    live = log_of(tmp_path / "live")
+    before, after = (line for line in live if "eval_loss" in line)
+    assert after["eval_loss"] < before["eval_loss"] - 1e-3
+    assert after["eval_rewards/margins"] > before["eval_rewards/margins"]
+    assert after["eval_rewards/accuracies"] > 0.6
+    config |= {"output_dir": str(tmp_path / "kept"), "precompute_ref_log_probs": True}
+    if loss_type == "tdpo2":
+        with pytest.raises(ConfigError, match=r"reference's whole distributions for .*tdpo2"):
+            learn(config, new_model(), rows, rows, tokenizer=tokenizer)
+        return
+    learn(config, new_model(), rows, rows, tokenizer=tokenizer)
+    for a, b in zip(live, log_of(tmp_path / "kept"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("learn", "loss_type"), [(dpo, "bco_pair_delta"), (dpo, "alpha_dpo"), (kto, "bco")]
+)
+def test_a_resumed_run_remembers_its_statistics(
+    learn, loss_type, tmp_path, tokenizer, new_model, pairs
+):
+    config = options(tmp_path / "whole", loss_type=loss_type, save_strategy="steps", save_steps=2)
+    whole = learn(config, new_model(), pairs, tokenizer=tokenizer)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(path_of(tmp_path / "cut", 4))
+    config |= {"output_dir": str(tmp_path / "cut"), "resume": "auto"}
+    again = learn(config, new_model(), pairs, tokenizer=tokenizer)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+
+
+def test_changed_labels_are_changed_data(tmp_path, tokenizer, new_model, pairs):
+    rows = labelled(pairs)
+    config = options(tmp_path, save_strategy="steps", save_steps=2)
+    kto(config, new_model(), rows, tokenizer=tokenizer)
+    shutil.rmtree(path_of(tmp_path, 4))
+    rows[5]["label"] = not rows[5]["label"]
+    with pytest.raises(CheckpointError, match="training data"):
+        kto(config | {"resume": "auto"}, new_model(), rows, tokenizer=tokenizer)
+
+
+def test_scores_of_another_rule_are_not_used(tmp_path, tokenizer, new_model, pairs):
+    """LD-DPO counts tail tokens less in the reference too: such scores have a key of their own."""
+    cache = {"reference_cache": str(tmp_path / "cache"), "precompute_ref_log_probs": True}
+    for number, more in enumerate(({}, {"ld_alpha": 0.5}, {})):
+        config = options(tmp_path / str(number), max_steps=1, **cache, **more)
+        dpo(config, new_model(), pairs, tokenizer=tokenizer)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+def test_numbers_of_rows_reach_the_loss(tmp_path, tokenizer, new_model, pairs, capfd):
+    """At the first step policy and reference agree: the loss is -log sigmoid(-margin)."""
+    margins = [0.1 * i for i in range(4)]
+    rows = [{**pair, "margin": m} for pair, m in zip(pairs, margins, strict=False)]
+    dpo(options(tmp_path, max_steps=1), new_model(), rows, tokenizer=tokenizer)
+    want = -torch.nn.functional.logsigmoid(-torch.tensor(margins)).mean().item()
+    assert log_of(tmp_path)[0]["loss"] == pytest.approx(want, rel=1e-4)
+    assert "train: the loss reads the columns margin" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "want"),
+    [
+        (["--loss_type", "simpo", "--simpo_gamma", "0.3"], {"simpo_gamma": 0.3}),
+        (
+            ["--loss_type", "simpo", "cpo", "--simpo_gamma=1", "--cpo_alpha", "0"],
+            {"simpo_gamma": 1.0, "cpo_alpha": 0.0},
+        ),
+        (["--loss_type", "rdpo", "--loss_options", '{"rdpo_alpha": 0.2}'], {"rdpo_alpha": 0.2}),
+        (["--discopop_tau", "0.05"], {}),  # what TRL's recipes spell out
+    ],
+)
+def test_a_losses_own_numbers_are_keys(args, want):
+    config = parse("dpo", DPOConfig, args)
+    assert (config.loss_options or {}) == want
+    assert preference_method(config).options == want
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DPOConfig(loss_type="simpo", precompute_ref_log_probs=True), "loss with a refer"),
+        (lambda: DPOConfig(loss_options={"simpo_gama": 1.0}), "nearest is 'simpo_gamma'"),
+        (lambda: DPOConfig(loss_options={"simpo_gamma": 1.0}), "'sigmoid' has no simpo_gamma"),
+        (lambda: DPOConfig(loss_type="exo_pair", label_smoothing=0.0), "label_smoothing above 0"),
+        (lambda: DPOConfig(loss_type="aot", use_weighting=True), "'aot' sorts pairs and has no"),
+        (lambda: DPOConfig(f_divergence_type="forward"), "need f_divergence_type in"),
+        (lambda: DPOConfig(ld_alpha=1.5), r"need ld_alpha in \[0, 1\], got 1.5"),
+        (lambda: DPOConfig(loss_type=["all_pairs", "sft"]), "need a ranking loss alone"),
+        (lambda: DPOConfig(loss_type="all_pairs", ld_alpha=0.5), "'all_pairs' has no ld_alpha"),
+        (lambda: KTOConfig(loss_type="bco", desirable_weight=2.0), "'bco' has no desirable_weight"),
+        (lambda: KTOConfig(desirable_weight=-1.0), "need desirable_weight of at least 0"),
+        (lambda: KTOConfig(beta=0.0), "need beta > 0, got 0"),
+    ],
+)
+def test_configs_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "more", "message"),
+    [
+        ("sppo", {}, "row 0: need a number 'win_rate' for sppo, got the columns none"),
+        ("modpo", {"win_rate": 1.0}, "need a number 'margin' for modpo, got the columns win_rate"),
+        ("aot", {"weight": 1.0}, "need no column 'weight' for aot: it sorts pairs"),
+    ],
+)
+def test_rows_that_lack_a_number_are_refused_at_the_start(
+    loss_type, more, message, tmp_path, tokenizer, new_model, pairs
+):
+    rows = [{**pair, **more} for pair in pairs]
+    with pytest.raises(DataError, match=message):
+        dpo(options(tmp_path, loss_type=loss_type), new_model(), rows, tokenizer=tokenizer)
