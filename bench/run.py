@@ -21,19 +21,20 @@ from bench.harness import ROOT, facts, write
 from bench.measure import is_ours, measure
 from bench.table import markdown
 
-OPS = ("linear_logp", "logp_from_logits")
+OPS = ("linear_logp", "logp_from_logits", "linear_kl", "preference")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TESTS = ROOT / "tests" / "kernels"
+TESTS = ROOT / "tests"
 OTHERS = {
     "linear_logp": ("active_columns", "vocab_parallel", "cuda"),
     "logp_from_logits": ("cuda",),
+    "linear_kl": ("cuda",),
 }
 
 
 def is_correct(op, device):
     """Whether the correctness tests of an op do, on this device, in a process of their own."""
     names = (op, *OTHERS.get(op, ()))
-    files = sorted(str(file) for name in names for file in TESTS.glob(f"test_{name}*.py"))
+    files = sorted(str(file) for name in names for file in TESTS.rglob(f"test_{name}*.py"))
     if not files:  # pytest would run all tests there are
         print(f"no tests of {op} in {TESTS}")
         return False

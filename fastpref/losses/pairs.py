@@ -230,10 +230,10 @@ def dpo_loss(
     if label_smoothing is not None:
         values["label_smoothing"] = label_smoothing
     _check_use(types, values)
-    parts = [
-        factor * LOSSES[name].function(**{k: values[k] for k in _INPUTS[name] if k in values})
-        for name, factor in zip(types, weights, strict=True)
-    ]
+    parts = []
+    for name, factor in zip(types, weights, strict=True):
+        loss = LOSSES[name].function(**{k: values[k] for k in _INPUTS[name] if k in values})
+        parts.append(loss if factor == 1 else factor * loss)
     losses = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     if weight is not None:
         losses = losses * weight

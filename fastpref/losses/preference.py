@@ -24,6 +24,8 @@ Number = Tensor | float
 
 def _smoothed(h: Tensor, label_smoothing: float) -> Tensor:
     # -(1-e) log s(h) - e log s(-h): e is the probability that the label is wrong
+    if label_smoothing == 0:  # half the operations
+        return -logsigmoid(h)
     return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
 
 
@@ -33,13 +35,14 @@ def sigmoid(
     *,
     beta: float,
     label_smoothing: float = 0.0,
-    margin: Number = 0.0,
+    margin: Number | None = None,
 ) -> Tensor:
     """-(1-e) log s(h) - e log s(-h), h = beta D - margin: DPO, and cDPO where e > 0.
 
     Source: arXiv:2305.18290, eq. 7; margin as in Llama 2, arXiv:2307.09288.
     """
-    return _smoothed(beta * (chosen_scores - rejected_scores) - margin, label_smoothing)
+    h = beta * (chosen_scores - rejected_scores)
+    return _smoothed(h if margin is None else h - margin, label_smoothing)
 
 
 def robust(
@@ -75,10 +78,11 @@ def ipo_sum(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float) -> T
 
 
 def hinge(
-    chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float, margin: Number = 0.0
+    chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float, margin: Number | None = None
 ) -> Tensor:
     """max(0, 1 - (beta D - margin)). Source: arXiv:2309.06657 (RSO)."""
-    return (1 - (beta * (chosen_scores - rejected_scores) - margin)).relu()
+    h = beta * (chosen_scores - rejected_scores)
+    return (1 - (h if margin is None else h - margin)).relu()
 
 
 def slic(

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from fastpref import linear_logp, linear_logp_stats, logp_from_logits, logp_stats_from_logits
+from fastpref import (
+    linear_kl,
+    linear_logp,
+    linear_logp_stats,
+    logp_from_logits,
+    logp_stats_from_logits,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -98,3 +104,22 @@ def test_log_probs_without_bf16_noise():
     error = (ours - logps[0]).abs().max()
     assert error < 1e-3
     assert error <= 2 * (logps[1] - logps[0]).abs().max() + 4e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kl_from_a_reference(dtype):
+    """Against fp64 on the same inputs; gradients as a share of their norm."""
+    hidden, weight, _, _ = leaves(dtype=dtype)
+    gen = torch.Generator("cuda").manual_seed(1)
+    ref = [
+        (x + 0.1 * torch.randn(x.shape, generator=gen, device="cuda")).to(dtype).detach()
+        for x in (hidden, weight)
+    ]
+    kl = linear_kl(hidden, weight, *ref)
+    grads = torch.autograd.grad(kl.sum(), (hidden, weight))
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logp, ref_logp = ((x @ w.t()).log_softmax(-1) for x, w in (wide, [x.double() for x in ref]))
+    want = (ref_logp.exp() * (ref_logp - logp)).sum(-1)
+    assert (kl - want).abs().max() < 1e-4
+    for got, exact in zip(grads, torch.autograd.grad(want.sum(), wide), strict=True):
+        assert (got - exact).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * exact.norm()

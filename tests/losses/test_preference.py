@@ -242,6 +242,21 @@ def test_torch_compile(loss_type):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_cuda_equals_the_cpu(loss_type):
+    x, options = inputs_of(loss_type, 9, seed=2)
+    here = dpo_loss(*x, loss_type=loss_type, **options)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    there = [t.detach().cuda().requires_grad_() for t in x]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = dpo_loss(*there, loss_type=loss_type, **moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out.losses.cpu(), here.losses)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
