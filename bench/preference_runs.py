@@ -164,7 +164,7 @@ def main():
     train, held_out = rows[:TRAIN], rows[TRAIN:]
     about = {**facts(), "data": data, "columns": COLUMNS}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        start = Path(folder) / "sft"
+        start = Path(folder) / "start"
         prepare(start, train)
         for name in args.types or [*LOSSES, *RANKING_LOSSES, *UNPAIRED]:
             write(

@@ -328,7 +328,7 @@ struct RowGrad {
       d -= h * std::exp(logp) * (logp + entropy);
     }
     if (capped) {
-      const W tanh = (logp + (max + log_total)) / cap;
+      const W tanh = ((logp + log_total) + max) / cap;  // small ones first: near 1 it is squared
       d *= 1 - tanh * tanh;
     }
     return d;
@@ -340,24 +340,26 @@ void bend(const RowGrad<W>& row, W* x, int64_t size) {
   using Vec = Vectorized<W>;
   const W log_scale = row.log_scale();
   const Vec top(row.max), by(std::exp(log_scale)), log_by(log_scale), g(row.g), h(row.h);
-  const Vec entropy(row.entropy), lse(row.max + row.log_total), one(1);
+  const Vec entropy(row.entropy), shift(row.shift), one(1);
   const Vec per_cap(row.capped ? 1 / row.cap : W(0)), tiny(std::numeric_limits<W>::min());
   const Vec log_tiny(std::log(std::numeric_limits<W>::min()));
   const bool plain = !row.with_entropy && !row.capped;
   for (int64_t i = 0; i < size; i += Vec::size()) {
     Vec e = load(x, i, size);
-    Vec logp = log_by;
+    Vec logp = log_by, z = e;
     if (!row.kept) {
       const Vec d = e - top;
       logp = at::vec::maximum(d, log_tiny) + log_by;  // finite where p is 0, and small times h
       e = d.exp();
     } else if (!plain) {
-      logp = at::vec::maximum(e, tiny).log() + log_by;  // finite where p is 0
+      const Vec d = at::vec::maximum(e, tiny).log();  // finite where p is 0
+      logp = d + log_by;
+      z = d + shift;
     }
     const Vec slope = row.with_entropy ? (logp + entropy) * h + g : g;
     Vec grad = (e * by * slope).neg();
     if (row.capped) {
-      const Vec tanh = (logp + lse) * per_cap;
+      const Vec tanh = z * per_cap;
       grad = grad * (one - tanh * tanh);
     }
     store(grad, x, i, size);

@@ -98,12 +98,11 @@ def gradient_rows(
         out.mul_(-dlogp[:, None] * scale.exp())
         return _set_labels(out, target, start, at_label)
     torch.clamp(out, min=torch.finfo(out.dtype).tiny, out=spare).log_()  # finite where p is 0
-    spare.add_(scale)
     out.mul_(scale.exp())
-    lse = top + log_total
     if cap is not None:
-        _bend(out, spare.add_(lse[:, None]).mul_(1 / cap))
-        spare.mul_(cap).sub_(lse[:, None])
+        _bend(out, spare.add_(shift[:, None]).mul_(1 / cap))
+        spare.mul_(cap).sub_(shift[:, None])
+    spare.add_(scale)
     if not rest:
         out.mul_(-dlogp[:, None])
     else:
@@ -111,7 +110,8 @@ def gradient_rows(
         out.mul_(spare.add_(entropy[:, None]).mul_(-dentropy[:, None]).sub_(dlogp[:, None]))
         at_label = at_label - dentropy * logp.exp() * (logp + entropy)
     if cap is not None:
-        at_label = at_label * (1 - ((logp + lse) / cap) ** 2)
+        tanh = ((logp + log_total) + top) / cap  # small ones first: near 1 it is squared
+        at_label = at_label * (1 - tanh**2)
     return _set_labels(out, target, start, at_label)
 
 

@@ -227,7 +227,8 @@ def _slab_rows(
     drop = _finite(before - top)
     shrink = _exp(drop)
     if CAP:
-        d = (_logit(u, scale, cap, CAP) - top) * _LOG2E
+        z = _logit(u, scale, cap, CAP)
+        d = (z - top) * _LOG2E
     else:  # exactly 0 at the maximum
         d = tl.fma(u - here_top, scale * _LOG2E, (here_logit - top) * _LOG2E)
     if ENTROPY:
@@ -257,7 +258,7 @@ def _slab_rows(
 
     if SLOPES:  # of a frozen weight's products, which leave the label out
         if CAP:
-            bent = (d * _LN2 + top) / cap
+            bent = z / cap
             exps *= 1 - bent * bent
         if here:
             exps = tl.where(v == column, 0.0, exps)
@@ -379,27 +380,30 @@ def _gradient_rows(
         entropy = tl.load(values_ptr + 5 * stride_values)
         at_label -= h * _exp(logp) * (logp + entropy)
     if CAP:
-        bent = (logp + (top + log_total)) / cap
+        bent = ((logp + log_total) + top) / cap  # small ones first: near 1 it is squared
         at_label *= 1 - bent * bent
 
     u = tl.load(source_ptr + e, mask=e < words_end, other=0.0).to(tl.float32)
     if KEPT:
-        log_scale = (tl.load(shift_ptr + r) - top) - log_total
+        shift = tl.load(shift_ptr + r)
+        log_scale = (shift - top) - log_total
         exps = u
         if ENTROPY or CAP:
             log_exps = tl.log(tl.maximum(exps, _TINY))  # finite where p is 0
+            z = log_exps + shift
     else:
         log_scale = -log_total
         if BIAS:
             u += tl.load(bias_ptr - lead + e, mask=(e >= lead) & (e < end), other=0.0)
-        log_exps = _logit(u, scale, cap, CAP) - top
+        z = _logit(u, scale, cap, CAP)
+        log_exps = z - top
         exps = _exp_exactly(tl.maximum(log_exps, -200.0))  # 0, and not -inf - -inf on the way
         log_exps = tl.maximum(log_exps, _LOG_TINY)  # finite where p is 0, and small times h
     if ENTROPY:
         slope = slope - h * ((log_exps + log_scale) + entropy)
     d = exps * (_exp_exactly(log_scale) * slope)
     if CAP:
-        bent = ((log_exps + log_scale) + (top + log_total)) / cap
+        bent = z / cap
         d *= 1 - bent * bent
     if (label >= e0) & (label < e0 + BLOCK_V):
         d = tl.where(e == label, at_label, d)

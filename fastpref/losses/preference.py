@@ -183,14 +183,14 @@ def aot_unpaired(
 
 
 def sft(
-    chosen_logps: Tensor, *, chosen_lengths: Tensor, mean_chosen_length: Number | None = None
+    chosen_nll: Tensor, *, chosen_lengths: Tensor, mean_chosen_length: Number | None = None
 ) -> Tensor:
-    """-log pi_w / mean |w|: their mean over pairs is the mean over the chosen ones' tokens.
+    """-p_w |w| / mean |w|: their mean over pairs is the mean over the chosen ones' tokens.
 
     ``mean_chosen_length``: tokens, over all pairs of the step; without it over these.
     """
     mean = chosen_lengths.double().mean() if mean_chosen_length is None else mean_chosen_length
-    return -chosen_logps / mean
+    return chosen_nll * (chosen_lengths / mean)
 
 
 def unlikelihood(

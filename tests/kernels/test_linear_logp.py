@@ -55,7 +55,7 @@ def run(fn, inputs, dtype=None, frozen=False, entropy=True, **options):
 WIDE = torch.float64
 OPTIONS = {
     "plain": {},
-    "bent": {"temperature": 0.7, "logit_scale": 1.5, "softcap": 6.0},
+    "bent": {"temperature": 0.7, "logit_scale": 1.5, "softcap": 4.0},
     "scaled": {"temperature": 1.3, "logit_scale": 0.25},
 }
 
@@ -84,6 +84,23 @@ def test_no_worse_than_torch(dtype, options, frozen, entropy, workspace, monkeyp
         else:
             torchs = run(linear_logp_ref, inputs, None, frozen, entropy, **options)
             assert_no_worse(ours, torchs, truth)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_a_saturated_cap(frozen, kept):
+    """Products of 7 to 9 under a cap of 3: what is left of 1 - tanh^2 is the gradient."""
+    options = {"softcap": 3.0}
+    inputs = make(1, 1, 3)
+    inputs["hidden"].data.fill_(1.0)
+    inputs["weight"].data.copy_(torch.tensor([[9.0], [8.0], [7.0]]))
+    inputs["target"].zero_()
+    cut = {}
+    if not kept:
+        least = least_workspace(run, linear_logp_stats, inputs, None, frozen, **options)
+        cut = {"workspace": least}
+    sides = [run(linear_logp_ref, inputs, d, frozen, **options) for d in (None, torch.float64)]
+    assert_no_worse(run(linear_logp_stats, inputs, None, frozen, **cut, **options), *sides)
 
 
 @pytest.fixture

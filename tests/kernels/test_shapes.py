@@ -93,7 +93,7 @@ linear_options = {
     "temperature": temperatures,
     "logit_scale": st.sampled_from([1.0, 1.5]),
     # well above the logits: where tanh saturates, 1 - tanh**2 is what rounding leaves of it
-    "softcap": st.sampled_from([None, 8.0, 30.0]),
+    "softcap": st.sampled_from([None, 3.0, 8.0, 30.0]),
 }
 
 

@@ -10,13 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastpref.data.formats import to_examples
-from fastpref.data.tokenize import tokenize
+from fastpref.data.tokenize import Group, tokenize
 from fastpref.data.unpaired import add_mismatched
 from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.models.head import LogpModel
+from fastpref.models.tiny import tiny_model
 from fastpref.train.config import DPOConfig, KTOConfig
 from fastpref.train.engine import TorchEngine
 from fastpref.train.forward import Forward
@@ -283,3 +286,37 @@ def test_what_needs_no_reference_has_none(loss_type):
     assert not method.needs_reference
     both = dataclasses.replace(method, loss_types=("sigmoid", loss_type))
     assert both.needs_reference
+
+
+@settings(deadline=None, max_examples=12)
+@given(data=st.data())
+def test_any_lengths_and_masks(data, tokenizer, small):
+    """The mean over scored tokens alone, and each pair's averages, from separate sequences."""
+    lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4)
+    groups, chosen = [], []
+    for row, (n, *sizes) in enumerate(data.draw(lengths)):
+        token = st.integers(5, 300)
+        prompt, *texts = (data.draw(st.lists(token, min_size=k, max_size=k)) for k in (n, *sizes))
+        masks = [data.draw(st.lists(st.booleans(), min_size=k, max_size=k)) for k in sizes]
+        masks = [mask if any(mask) else None for mask in masks]  # None: all are scored
+        groups.append(Group(prompt, tuple(texts), tuple(masks), row, {}))
+        with small.plain() as plain, torch.no_grad():
+            logp = plain(torch.tensor([prompt + texts[0]])).logits[0].log_softmax(-1)
+        each = logp[n - 1 : -1].gather(1, torch.tensor(texts[0])[:, None])[:, 0]
+        chosen.append(each[torch.tensor(masks[0])] if masks[0] else each)
+    method = method_of("sft")
+    forward = Forward(TorchEngine(small, torch.device("cpu")), method)
+    _, total, _ = take_step(forward, groups, 1)
+    assert total / len(groups) == pytest.approx(-torch.cat(chosen).mean().item(), rel=1e-4)
+    means = dataclasses.replace(method, loss_types=("simpo",))
+    values = forward.score(groups).values
+    loss, _ = means.loss(values, {})
+    rejected = values["rejected_logps"] / values["rejected_lengths"]
+    gaps = torch.stack([x.mean() for x in chosen]) - rejected
+    want = -torch.nn.functional.logsigmoid(0.3 * gaps - 0.5).sum()
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    return LogpModel(tiny_model(tokenizer, hidden=16, layers=1, heads=2, kv_heads=2, seed=3))
