@@ -2,9 +2,10 @@
 
 ``FASTPREF_DATA=DIR python -m bench.preference_runs --out DIR`` (without the data: made reviews)
 appends a row for each: the loss in training and on held-out pairs, the margin and accuracy of the
-run's own rewards there, and how often the log-ratio to the fine-tuned model ranks a held-out pair
-rightly. Rankings are four models' solutions of a question, right ones above wrong ones, where the
-data are there. ``--table FILE`` prints rows as Markdown.
+run's own rewards there (equal rewards count as wrong), and how often a held-out pair is ranked
+rightly by log-probs per token, before and after, and by log-ratios to the fine-tuned model.
+Rankings are four models' solutions of a question, right ones above wrong ones, where the data are
+there. ``--table FILE`` prints rows as Markdown.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
+
+import torch
 
 from bench.dpo_step import pairs
 from bench.harness import facts, write
@@ -29,7 +32,6 @@ from fastpref.models.load import load_model, load_tokenizer
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 from fastpref.train.engine import TorchEngine
 from fastpref.train.forward import Forward
-from fastpref.train.metrics import MetricSums
 from fastpref.train.run import dpo, kto, sft
 
 UNPAIRED = ("kto", "bco", "apo_zero_unpaired")
@@ -85,16 +87,24 @@ def rows_for(name, train, held_out):
     return [[{**row, **more} for row in rows] for rows in (train, held_out)]
 
 
-def pair_accuracy(model, start, tokenizer, rows):
-    """How often the log-ratio to ``start`` is higher for the chosen completion."""
+@torch.no_grad()
+def accuracies(model, start, tokenizer, rows):
+    """How often pairs are ranked rightly, by what."""
     groups, _ = tokenize(to_examples(rows, "preference")[0], tokenizer, max_length=256)
     reference = LogpModel(load_model(str(start))).requires_grad_(False)
-    engine = TorchEngine(model, next(model.parameters()).device)
-    sums = MetricSums()
-    parts = split_groups(groups, max_groups=BATCH)
-    for part in Forward(engine, DPO(), reference).evaluate(parts, {}, lambda: None):
-        sums.add(part.metrics)
-    return sums.read(engine)["rewards/accuracies"]
+    forward = Forward(TorchEngine(model, torch.device("cpu")), DPO(), reference)
+    right = {"logp_accuracy_before": 0, "logp_accuracy_after": 0, "ratio_accuracy": 0}
+    for part in split_groups(groups, max_groups=BATCH):
+        x = forward.score(part).values
+        ratio, gaps = {}, {}
+        for side in ("chosen", "rejected"):
+            ratio[side] = x[f"{side}_logps"] - x[f"ref_{side}_logps"]
+            for prefix in ("", "ref_"):
+                gaps[prefix, side] = x[f"{prefix}{side}_logps"] / x[f"{side}_lengths"]
+        right["ratio_accuracy"] += (ratio["chosen"] > ratio["rejected"]).sum().item()
+        for prefix, name in (("ref_", "logp_accuracy_before"), ("", "logp_accuracy_after")):
+            right[name] += (gaps[prefix, "chosen"] > gaps[prefix, "rejected"]).sum().item()
+    return {name: count / len(groups) for name, count in right.items()}
 
 
 def train_with(name, start, folder, train, held_out):
@@ -132,7 +142,7 @@ def train_with(name, start, folder, train, held_out):
         "last_losses": statistics.mean(losses[-5:]),
         **{f"{key}_before": before[metric] for key, metric in kept.items()},
         **{f"{key}_after": after[metric] for key, metric in kept.items()},
-        "pair_accuracy": pair_accuracy(result.model, start, tokenizer, held_out),
+        **accuracies(result.model, start, tokenizer, held_out),
     }
 
 
@@ -140,14 +150,15 @@ def markdown(rows):
     """The newest row of each loss."""
     newest = {row["loss_type"]: row for row in rows}
     head = ("loss_type", "beta", "loss of the first 5 steps", "of the last 5", "held-out loss")
-    head += ("held-out margin", "accuracy", "of log-ratios")
+    head += ("held-out margin", "accuracy", "of log-probs per token", "of log-ratios")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in newest.values():
         moves = (f"{row[f'{k}_before']:.4g} → {row[f'{k}_after']:.4g}" for k in ("loss", "margin"))
         accuracy = f"{row['accuracy_before']:.3f} → {row['accuracy_after']:.3f}"
         means = (f"{row[key]:.4g}" for key in ("first_losses", "last_losses"))
         cells = (row["loss_type"], f"{row['beta']:g}", *means, *moves, accuracy)
-        lines.append(f"| {' | '.join(cells)} | {row['pair_accuracy']:.3f} |")
+        logps = f"{row['logp_accuracy_before']:.3f} → {row['logp_accuracy_after']:.3f}"
+        lines.append(f"| {' | '.join(cells)} | {logps} | {row['ratio_accuracy']:.3f} |")
     return "\n".join(lines)
 
 

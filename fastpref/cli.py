@@ -158,6 +158,8 @@ def normalise(config_class: type[Any], args: list[str]) -> list[str]:
                     out.append(f"--{name}.{key}={json.dumps(taken[key])}")
                     continue
                 kinds = types[name], *typing.get_args(types[name])
+                if str not in kinds and any(typing.get_origin(kind) is list for kind in kinds):
+                    taken = taken if isinstance(taken, list) else [taken]  # a list of one
                 if str in kinds and taken == value and not isinstance(taken, list):
                     text = values[0] if values else "true"  # as it was typed, leading zeros and all
                 else:

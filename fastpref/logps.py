@@ -16,15 +16,15 @@ def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return torch.bucketize(token, cu_seqlens.long(), right=True) - 1
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, *, name: str = "cu_seqlens") -> None:
     if cu_seqlens.ndim != 1 or not len(cu_seqlens):
-        raise ValueError(f"need cu_seqlens (B+1,), got {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"need {name} (B+1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"need int32 or int64 cu_seqlens, got {cu_seqlens.dtype}")
+        raise TypeError(f"need int32 or int64 {name}, got {cu_seqlens.dtype}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends != sorted(ends) or ends[0] != 0 or ends[-1] != num_tokens:
-            raise ValueError(f"need cu_seqlens rising from 0 to {num_tokens}, got {ends}")
+            raise ValueError(f"need {name} rising from 0 to {num_tokens}, got {ends}")
 
 
 def sequence_logp(
@@ -67,7 +67,7 @@ def sequence_logp(
     if cu_seqlens is None:
         total, count = kept.sum(1), count.sum(1)
     else:
-        _check_cu_seqlens(cu_seqlens, len(logp))
+        check_cu_seqlens(cu_seqlens, len(logp))
         index, B = _segments(cu_seqlens, len(logp)), len(cu_seqlens) - 1
         total, count = (sum_rows(x, index, B + 1)[:B] for x in (kept, count))
     return (total / count.clamp(min=1) if mean else total).to(dtype)
@@ -137,7 +137,7 @@ def linear_sequence_logp(
         need = "(B, T, H) and labels (B, T)" if want == 2 else "(M, H) and labels (M,)"
         raise ValueError(f"need hidden {need} without rows, got {got}")
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, len(labels))
+        check_cu_seqlens(cu_seqlens, len(labels))
     target = _shift(labels, cu_seqlens) if shift else labels
     logp = linear_logp(hidden, weight, target, **options)
     return sequence_logp(logp, mask=target != IGNORE_INDEX, cu_seqlens=cu_seqlens, mean=mean)

@@ -12,6 +12,7 @@ template, other numbers to `Example.extras`.
 
 import json
 import logging
+import numbers
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -208,7 +209,9 @@ def _options(row: Mapping[str, Any], source: str) -> tuple[list[Any] | None, dic
 
 def _number(value: Any) -> float | None:
     """A number that is finite in fp32, in which a batch holds it."""
-    return float(value) if isinstance(value, int | float) and abs(value) <= _MOST else None
+    if not isinstance(value, numbers.Real):  # numpy's are, too
+        return None
+    return float(value) if abs(value) <= _MOST else None  # type: ignore[operator]
 
 
 def _shown(value: Any) -> str:

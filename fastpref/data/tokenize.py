@@ -130,9 +130,12 @@ def _fit(
     max_length: int,
     mode: TruncationMode,
     bos: int | None,
+    own: int | None,
 ) -> tuple[list[int], int]:
-    """Cut a group to `max_length`; how many completions were cut."""
-    longest = max(len(c.ids) for c in completions)
+    """Cut a group to `max_length`; how many completions were cut. The prompt makes room for the
+    first `own` completions (None: all); others take the room that is there.
+    """
+    longest = max(len(c.ids) for c in completions[:own])
     if mode == "keep_start":
         keep = max(max_length - longest, max_length // 2)
     else:
@@ -210,6 +213,7 @@ def tokenize(
     max_length: int | None = 1024,
     truncation_mode: TruncationMode = "keep_start",
     generation_config: Any = None,
+    own: int | None = None,
 ) -> tuple[list[Group], dict[str, int]]:
     """Token ids of each example, cut to `max_length`.
 
@@ -240,6 +244,8 @@ def tokenize(
         tokenizer: any transformers tokenizer.
         max_length: tokens, at least 2; None for no limit.
         truncation_mode: "keep_start" or "keep_end".
+        own: completions of an example, the first ones, that decide how its prompt is cut and
+            whether it is dropped; None: all.
         generation_config: whose EOS ids end a reply, beside the tokenizer's.
 
     Returns:
@@ -277,18 +283,19 @@ def tokenize(
         apart = sum(c.apart for c in completions)
         counts["boundary_differs"] += apart
         first_apart = first_apart or (e.source if apart else "")
-        if not all(any(c.scored) for c in completions):
+        if not all(any(c.scored) for c in completions[:own]):
             counts["dropped_empty"] += 1
             continue
         prompt = _start(completions[0].prompt, completions, bos, e.source)
         whole = len(prompt)
         if max_length is not None:
-            prompt, cut = _fit(prompt, completions, max_length, truncation_mode, bos)
+            prompt, cut = _fit(prompt, completions, max_length, truncation_mode, bos, own)
             counts["truncated_completions"] += cut
             counts["truncated_prompts"] += len(prompt) < whole
-        if not all(any(c.scored) for c in completions):
+        kept = completions[:own]
+        if not all(any(c.scored) for c in kept):
             counts["dropped_empty"] += 1
-        elif len(completions) > 1 and all(c.ids == completions[0].ids for c in completions):
+        elif len(kept) > 1 and all(c.ids == kept[0].ids for c in kept):
             counts["dropped_identical"] += 1
         else:
             scored = tuple(None if all(c.scored) else c.scored for c in completions)

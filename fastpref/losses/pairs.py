@@ -24,8 +24,10 @@ _MADE_FROM = {
     "rejected_mean_logps": "rejected_lengths",
     "chosen_nll": "chosen_nll or chosen_lengths",
 }
-# statistics of a whole step, which may be tensors without a dimension
-_NUMBERS = {"delta", "gap_mean", "gap_std", "mean_chosen_length"}
+_OF_PAIRS = {"chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "weight"}
+_OF_PAIRS |= {"chosen_lengths", "rejected_lengths", "chosen_nll", "margin", "win_rate"}
+_OF_PAIRS |= {"chosen_kl", "rejected_kl"}
+_POSITIVE = {"discopop_tau", "modpo_weight"}  # divisors
 # exponents of a log-ratio stay below: exp(88.8) is no fp32
 _MOST_EXPONENT = 80.0
 
@@ -51,7 +53,7 @@ OPTIONS: dict[str, dict[str, float]] = {
     name: {
         p.name: p.default
         for p in inspect.signature(loss.function).parameters.values()
-        if isinstance(p.default, float) and p.name not in _SHARED
+        if isinstance(p.default, int | float) and p.name not in _SHARED
     }
     for name, loss in LOSSES.items()
 }
@@ -77,14 +79,21 @@ def uses_reference(loss_type: str) -> bool:
 
 
 def _check(tensors: dict[str, Any]) -> None:
-    shape = tensors["chosen_logps"].shape
+    shape = getattr(tensors["chosen_logps"], "shape", ())
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) or (x.ndim == 0 and name in _NUMBERS):
+        is_number = name not in _OF_PAIRS and not (isinstance(x, Tensor) and x.ndim)
+        if x is None or is_number:
             continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"need a tensor for {name}, got {type(x).__name__}")
         if x.ndim != 1 or x.shape != shape:
-            raise ValueError(f"need {name} (P,) = {tuple(shape)}, got {tuple(x.shape)}")
+            of = f"{name} (P,)" if x.ndim != 1 else f"{name} (P,) = {tuple(shape)}"
+            raise ValueError(f"need {of}, got {tuple(x.shape)}")
         if not (x.is_floating_point() or name.endswith("_lengths")):
             raise TypeError(f"need floating-point {name}, got {x.dtype}")
+    for name in _POSITIVE & tensors.keys():
+        if not isinstance(tensors[name], Tensor) and not tensors[name] > 0:
+            raise ValueError(f"need {name} > 0, got {tensors[name]}")
 
 
 def _scores(logratios: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
@@ -125,8 +134,9 @@ def _check_use(types: Sequence[str], given: dict[str, Any]) -> None:
     at_hand = _MADE | {"beta", "chosen_lengths", "rejected_lengths", "chosen_nll"}
     for key in (k for k in given if k not in at_hand):
         idle = [name for name in types if key not in _INPUTS[name]]
+        needed = any(not _INPUTS[name].get(key, True) for name in types)
         # what changes the comparison of a pair must reach all that compare; an option finds its own
-        told = set(idle) <= {"sft"} if key in _SHARED else len(idle) < len(types)
+        told = needed or key not in _SHARED or set(idle) <= {"sft"}
         if not told or len(idle) == len(types):
             own = ", ".join(sorted({option for name in types for option in OPTIONS[name]}))
             has = f" (its own options: {own})" if own else ""
@@ -162,7 +172,8 @@ def dpo_loss(
         ref_rejected_logps: (P,) the same of the rejected ones.
         beta: positive.
         loss_type: a name of ``fastpref.losses.preference.LOSSES``, where each says its formula, or
-            several, which are summed; a name that TRL has means TRL's number.
+            several, which are summed; a name that TRL has means TRL's number (whose "sigmoid" has
+            no label_smoothing).
         loss_weights: one per loss_type; None: 1 each.
         label_smoothing: in [0, 0.5), the probability that a label is wrong, for the types that take
             it; None: the type's own default, which is 0 but for "exo_pair" (1e-3).
@@ -212,6 +223,8 @@ def dpo_loss(
     sorts = [name for name in types if LOSSES[name].couples == "sort"]
     if sorts and weight is not None:
         raise ValueError(f"loss_type {sorts[0]!r} sorts pairs and has no weight, got one")
+    if made := [key for key in options if key in _MADE | {"beta"} or options[key] is None]:
+        raise ValueError(f"need no {made[0]}, which is made here or means nothing, got one")
     given: dict[str, Any] = {
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
@@ -227,7 +240,7 @@ def dpo_loss(
     wanted = {key for name in types for key in _INPUTS[name]}
     values = _derived(values, wanted, f_divergence_type, f_alpha_divergence_coef)
     values["beta"] = beta
-    if label_smoothing is not None:
+    if label_smoothing is not None and (label_smoothing or "exo_pair" in types):
         values["label_smoothing"] = label_smoothing
     _check_use(types, values)
     parts = []
@@ -236,7 +249,7 @@ def dpo_loss(
         parts.append(loss if factor == 1 else factor * loss)
     losses = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     if weight is not None:
-        losses = losses * weight
+        losses = losses * weight.to(losses.dtype)
     averages = not compares and "chosen_mean_logps" in _INPUTS[types[0]]
     of = "mean_logps" if averages else "logratios"
     rewards = [(beta * values[f"{side}_{of}"]).detach() for side in ("chosen", "rejected")]

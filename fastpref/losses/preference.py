@@ -269,8 +269,8 @@ def alpha_dpo(
     """
     gap = (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths).detach()
     mean = gap.mean() if gap_mean is None else gap_mean
-    std = gap.std(correction=0) if gap_std is None else torch.as_tensor(gap_std)
-    shifted = (gap - mean) / std.clamp(min=1e-6)  # one pair has no deviation
+    squares = ((gap - mean) ** 2).mean() if gap_std is None else torch.as_tensor(gap_std) ** 2
+    shifted = (gap - mean) / squares.sqrt().clamp(min=1e-6)  # one pair has no deviation
     target = alpha_dpo_gamma + alpha_dpo_alpha * shifted
     return -logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps - target))
 
@@ -317,7 +317,7 @@ def rpo_sq(
 
 
 def _two_sided_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL of two coins, whose heads have the log-odds a and b."""
+    """KL(a || b) of two coins, whose heads have these log-odds."""
     heads = a.sigmoid() * (logsigmoid(a) - logsigmoid(b))
     return heads + (-a).sigmoid() * (logsigmoid(-a) - logsigmoid(-b))
 
@@ -330,8 +330,8 @@ def rpo_bwd_kl(
     margin: Tensor,
     reward_scale: float = 1.0,
 ) -> Tensor:
-    """KL of coins of log-odds beta D and s margin. Source: arXiv:2406.11704, as in NeMo-Aligner."""
-    return _two_sided_kl(beta * (chosen_scores - rejected_scores), reward_scale * margin)
+    """KL of coins of log-odds s margin and beta D. Source: arXiv:2406.11704, as in NeMo-Aligner."""
+    return _two_sided_kl(reward_scale * margin, beta * (chosen_scores - rejected_scores))
 
 
 def rpo_fwd_kl(
@@ -342,8 +342,8 @@ def rpo_fwd_kl(
     margin: Tensor,
     reward_scale: float = 1.0,
 ) -> Tensor:
-    """KL of coins of log-odds s margin and beta D. Source: arXiv:2406.11704, as in NeMo-Aligner."""
-    return _two_sided_kl(reward_scale * margin, beta * (chosen_scores - rejected_scores))
+    """KL of coins of log-odds beta D and s margin. Source: arXiv:2406.11704, as in NeMo-Aligner."""
+    return _two_sided_kl(beta * (chosen_scores - rejected_scores), reward_scale * margin)
 
 
 def simpo(
@@ -422,7 +422,7 @@ class Loss(NamedTuple):
 
     function: Callable[..., Tensor]
     couples: Literal["", "mean", "sort"] = ""
-    """How a loss depends on all pairs that are given: not, by their moments, by their order."""
+    """How a loss depends on the log-probs of all pairs: not, by their moments, by their order."""
 
 
 LOSSES = {
@@ -440,7 +440,7 @@ LOSSES = {
     "sppo_hard": Loss(sppo_hard),
     "aot": Loss(aot, couples="sort"),
     "aot_unpaired": Loss(aot_unpaired, couples="sort"),
-    "aot_global": Loss(aot, couples="sort"),
+    "aot_global": Loss(aot, couples="sort"),  # runs sort the whole step under either name
     "sft": Loss(sft),
     "unlikelihood": Loss(unlikelihood),
     "discopop": Loss(discopop),

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fastpref.logps import check_cu_seqlens
+
 
 class RankingLoss(NamedTuple):
     """What a ranking loss returns; the rewards are detached."""
@@ -36,7 +38,7 @@ def all_pairs(rewards: Tensor, scores: Tensor, same: Tensor) -> Tensor:
     """
     better = same & (scores[:, None] > scores)
     losses = -logsigmoid(rewards[:, None] - rewards).where(better, 0.0).sum(1)
-    count = (same.to(losses) @ better.sum(1).to(losses)).clamp(min=1)
+    count = (same * better.sum(1)).sum(1).clamp(min=1)  # of pairs in the group
     return losses / count
 
 
@@ -62,12 +64,14 @@ def ranking_loss(
         logps: (B,) sequence log-probs, in nats; floating point, differentiable.
         ref_logps: (B,) the same under the reference; None means zeros.
         scores: (B,) numbers of which higher is better; equal ones in a group are ties.
-        groups: (G+1,) int64: group g holds completions groups[g] to groups[g+1].
+        groups: (G+1,) int32 or int64: group g holds completions groups[g] to groups[g+1]. It rises
+            from 0 to B, which is checked on the CPU only, as is NaN among the scores.
         beta: positive; rewards are beta * (logps - ref_logps).
         loss_type: a name of ``RANKING_LOSSES``.
 
     Returns:
-        RankingLoss: losses in fp32 (fp64 for fp64 inputs); 0 for a group without order.
+        RankingLoss: losses in fp32 (fp64 for fp64 inputs). A group of ties alone: all_pairs gives
+        0, plackett_luce what pulls its rewards together.
 
     Raises:
         ValueError: a shape, range or name differs from the above.
@@ -81,10 +85,9 @@ def ranking_loss(
             raise ValueError(f"need {name} (B,) = {tuple(logps.shape)}, got {tuple(x.shape)}")
         if x is not None and name != "scores" and not x.is_floating_point():
             raise TypeError(f"need floating-point {name}, got {x.dtype}")
-    if groups.ndim != 1 or groups.is_floating_point() or not len(groups):
-        raise ValueError(
-            f"need groups (G+1,) of integers, got {tuple(groups.shape)} {groups.dtype}"
-        )
+    check_cu_seqlens(groups, len(logps), name="groups")
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and scores.isnan().any():
+        raise ValueError(f"need scores without NaN, got {scores.tolist()}")
     if not 0 < beta < float("inf"):
         raise ValueError(f"need beta > 0, got {beta}")
     wide = torch.promote_types(logps.dtype, torch.float32)

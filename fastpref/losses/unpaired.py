@@ -3,11 +3,13 @@
 l is log pi/pi_ref of a completion, in nats.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+UnpairedType = Literal["kto", "bco", "apo_zero_unpaired"]
 
 
 class UnpairedLoss(NamedTuple):
@@ -18,15 +20,22 @@ class UnpairedLoss(NamedTuple):
 
 
 def mismatched_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KTO's z: max(0, mean of l over completions of other prompts), 0-d, detached.
+    """KTO's z: max(0, mean of l over completions of other prompts), 0-d, detached, fp32 or fp64.
 
     Args:
-        logps: (B,) log-probs of completions under prompts that are not theirs, in nats.
+        logps: (B,) log-probs of completions under prompts that are not theirs, in nats; B > 0.
         ref_logps: (B,) the same under the reference.
+
+    Raises:
+        ValueError: a shape differs from the above.
+        TypeError: a dtype differs from the above.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.
     """
-    return (logps - ref_logps).detach().mean().clamp(min=0)
+    if not logps.numel():
+        raise ValueError("need log-probs of at least one completion, got none")
+    ratios, _ = _check(logps, ref_logps, torch.ones_like(logps), 1.0)
+    return ratios.detach().mean().clamp(min=0)
 
 
 def kto_loss(
@@ -61,7 +70,10 @@ def kto_loss(
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306.
     """
-    ratios, good = _check(logps, ref_logps, labels, beta)
+    ratios, good = _check(logps, ref_logps, labels, beta, kl=kl)
+    if not (desirable_weight >= 0 and undesirable_weight >= 0):
+        got = f"{desirable_weight} and {undesirable_weight}"
+        raise ValueError(f"need weights of at least 0, got {got}")
     shifted = beta * ratios if kl is None else beta * (ratios - kl)
     losses = torch.where(good, -shifted, shifted).sigmoid()
     weights = torch.where(good, float(desirable_weight), float(undesirable_weight))
@@ -96,23 +108,38 @@ def bco_loss(
 
     Source: Jung et al. 2024, arXiv:2404.04656.
     """
-    ratios, good = _check(logps, ref_logps, labels, beta)
+    ratios, good = _check(logps, ref_logps, labels, beta, weight=weight, delta=delta)
     rewards = beta * ratios
     shifted = rewards - (rewards.detach().mean() if delta is None else delta)
     losses = -logsigmoid(torch.where(good, shifted, -shifted))
     if weight is not None:
-        losses = losses * weight
+        losses = losses * weight.to(losses.dtype)
     return UnpairedLoss(losses, rewards.detach())
 
 
-def _check(logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _check(
+    logps: Tensor,
+    ref_logps: Tensor,
+    labels: Tensor,
+    beta: float,
+    *,
+    weight: Tensor | None = None,
+    **numbers: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
     """(log-ratios in at least fp32, which completions are good)."""
-    named = {"logps": logps, "ref_logps": ref_logps, "labels": labels}
+    named = {"logps": logps, "ref_logps": ref_logps, "labels": labels, "weight": weight}
     for name, x in named.items():
+        if x is None and name == "weight":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"need a tensor for {name}, got {type(x).__name__}")
         if x.ndim != 1 or x.shape != logps.shape:
             raise ValueError(f"need {name} (B,) = {tuple(logps.shape)}, got {tuple(x.shape)}")
         if name != "labels" and not x.is_floating_point():
             raise TypeError(f"need floating-point {name}, got {x.dtype}")
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) and number.ndim:
+            raise ValueError(f"need a number or 0-d {name}, got {tuple(number.shape)}")
     if not 0 < beta < float("inf"):
         raise ValueError(f"need beta > 0, got {beta}")
     wide = torch.promote_types(logps.dtype, torch.float32)

@@ -1,11 +1,13 @@
 """What a method is: a batch in, the sum of its losses and its metrics out; no rank, no I/O."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpref.data.files import DataError
 from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
@@ -20,6 +22,8 @@ Values = dict[str, Tensor]
 # name -> a number of the whole step
 Facts = Mapping[str, Tensor | float]
 
+# of the numbers of a row
+RANGES = {"win_rate": (0.0, 1.0), "weight": (0.0, math.inf)}
 # what every method reads off the head beside log-probs
 OUTPUTS = ("entropy", "is_top1", "mean_logit")
 
@@ -40,7 +44,7 @@ class Method:
     """Which rows it learns from."""
     metric_names: ClassVar[tuple[str, ...]]
     columns: tuple[str, ...] = ()
-    """Numbers of a row that its losses read where they are there."""
+    """Numbers of a row that its losses read."""
     needs_reference: bool = False
     """Whether it compares with the model as it came."""
     precomputes_reference: bool = False
@@ -56,7 +60,20 @@ class Method:
 
     def count(self, group: Group) -> int:
         """What a group adds to the loss's denominator; DataError where it lacks something."""
+        for name in self.columns:
+            if name not in group.extras:
+                got = ", ".join(sorted(group.extras.keys() - {"ref_logp"})) or "none"
+                need = f"row {group.row}: need a number {name!r} for the loss"
+                raise DataError(f"{need}, got the columns {got}")
+            low, high = RANGES.get(name, (-math.inf, math.inf))
+            value = group.extras[name]
+            if isinstance(value, tuple) or not low <= value <= high:
+                raise DataError(f"row {group.row}: need {name} in [{low}, {high}], got {value}")
         return 1
+
+    def lacks(self, groups: Sequence[Group]) -> tuple[str, ...]:
+        """The metrics that these groups cannot give."""
+        return ()
 
     def known(self, groups: Sequence[Group]) -> Facts:
         """What the losses need of all groups of a step and no forward has to find out."""

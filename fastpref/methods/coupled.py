@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastpref.methods.base import Facts, Method, Metrics, Values
 
+# of moments that move, as alpha-DPO has them
+DECAY = 0.9
 # (n, K) of this rank -> (all ranks' rows, the number of the first of its own)
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
@@ -49,6 +51,33 @@ def differentiate(
         shares.append({name: g[at : at + size] for name, g in gradients.items()})
         at += size
     return shares, loss.detach(), metrics
+
+
+def as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def moving_moments(moving: Facts, name: str, values: Tensor) -> dict[str, Tensor]:
+    """Mean and deviation of values that move with DECAY, over the weights so far.
+
+    The deviation is around the moving mean: a step of one value has none of its own.
+    """
+    now = {"weight": torch.ones_like(values), "sum": values, "squares": values**2}
+    sums = {
+        f"{name}_{key}": DECAY * as_tensor(moving.get(f"{name}_{key}", 0.0), x) + x.mean()
+        for key, x in now.items()
+    }
+    weight, total, squares = sums.values()
+    mean = total / weight
+    deviation = (squares / weight - mean**2).clamp(min=0).sqrt()
+    return {**sums, f"{name}_mean": mean, f"{name}_std": deviation}
+
+
+def running_mean(moving: Facts, name: str, values: Tensor) -> dict[str, Tensor]:
+    """The mean of all values seen so far, and how many they are."""
+    old, seen = (as_tensor(moving.get(key, 0.0), values) for key in (name, f"{name}_seen"))
+    count = seen + len(values)
+    return {name: old + (values - old).sum() / count, f"{name}_seen": count}
 
 
 def surrogate(values: Values, gradients: Values) -> Tensor:

@@ -26,14 +26,11 @@ from fastpref.methods.base import (
     of_tokens,
     token_metrics,
 )
+from fastpref.methods.coupled import moving_moments, running_mean
 from fastpref.models.head import LogpModel
 
 # (chosen, rejected, ref_chosen, ref_rejected), each (P,) -> losses (P,) or a PairLoss
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss | Tensor]
-# numbers of a row that a loss may name
-COLUMNS = ("margin", "win_rate")
-# of a moving mean, as alpha-DPO has it
-DECAY = 0.9
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,7 @@ class DPO(Method):
     ld_alpha: float | None = None
     use_weighting: bool = False
     options: Mapping[str, float] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
     loss_fn: LossFn | None = None
     precomputes_reference: bool = False
     kind: ClassVar[Kind] = "preference"
@@ -84,32 +82,14 @@ class DPO(Method):
         return any(LOSSES[name].couples for name in self.loss_types) and self.loss_fn is None
 
     @property
-    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
-        if self.loss_fn is not None:
-            return ()
-        compare = [loss_inputs(name) for name in self.loss_types if name != "sft"]
-        read = [name for name in COLUMNS if compare and all(name in inputs for inputs in compare)]
-        return (*read, "weight")
-
-    @property
     def reference_rule(self) -> str:  # type: ignore[override]
         return "" if self.ld_alpha is None else f"ld_alpha {self.ld_alpha}"
 
     def count(self, group: Group) -> int:
-        at = f"row {group.row}"
         if len(group.completions) != 2:
-            need = f"{at}: need a chosen and a rejected completion"
+            need = f"row {group.row}: need a chosen and a rejected completion"
             raise DataError(f"{need}, got {len(group.completions)}")
-        types = " and ".join(self.loss_types)
-        for name in COLUMNS:
-            lacks = name not in group.extras and not self.inputs.get(name, True)
-            if lacks and self.loss_fn is None:
-                got = ", ".join(sorted(group.extras.keys() - {"ref_logp"})) or "none"
-                raise DataError(f"{at}: need a number {name!r} for {types}, got the columns {got}")
-        sorts = any(LOSSES[kind].couples == "sort" for kind in self.loss_types)
-        if sorts and self.loss_fn is None and "weight" in group.extras:
-            raise DataError(f"{at}: need no column 'weight' for {types}: it sorts pairs, got one")
-        return 1
+        return super().count(group)
 
     def known(self, groups: Sequence[Group]) -> Facts:
         if "mean_chosen_length" not in self.inputs:
@@ -144,7 +124,7 @@ class DPO(Method):
         if self.ld_alpha is not None and "chosen_nll" in self.inputs:
             means = sequence_logp(stats.logp, cu_seqlens=batch.completions, mean=True)
             values["chosen_nll"] = -means[0::2]
-        values |= {name: batch.extras[name] for name in self.columns if name in batch.extras}
+        values |= {name: batch.extras[name] for name in self.columns}
         if stats.log_sum_sq_probs is not None:
             # Zhou et al. 2024 (WPO), arXiv:2406.11827, eq. 2
             aligned = (stats.logp - stats.log_sum_sq_probs).detach()
@@ -166,9 +146,7 @@ class DPO(Method):
         if "gap_mean" in self.inputs:
             lengths = values["chosen_lengths"], values["rejected_lengths"]
             means = [r / n.clamp(min=1) for r, n in zip(ratios, lengths, strict=True)]
-            gap = means[0] - means[1]
-            now = {"gap_mean": gap.mean(), "gap_std": gap.std(correction=0)}
-            found |= {k: x.lerp(as_tensor(moving.get(k, x), x), DECAY) for k, x in now.items()}
+            found |= moving_moments(moving, "gap", means[0] - means[1])
         return found
 
     def loss(self, values: Values, facts: Facts) -> tuple[Tensor, Metrics]:
@@ -200,17 +178,6 @@ class DPO(Method):
             f_divergence_type=self.f_divergence_type,
             f_alpha_divergence_coef=self.f_alpha_divergence_coef,
         )
-
-
-def as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
-
-
-def running_mean(moving: Facts, name: str, values: Tensor) -> dict[str, Tensor]:
-    """The mean of all values seen so far, and how many they are."""
-    old, seen = (as_tensor(moving.get(key, 0.0), values) for key in (name, f"{name}_seen"))
-    count = seen + len(values)
-    return {name: old + (values - old).sum() / count, f"{name}_seen": count}
 
 
 def as_pair_loss(out: PairLoss | Tensor, inputs: tuple[Tensor, ...], beta: float) -> PairLoss:

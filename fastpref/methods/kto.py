@@ -1,7 +1,8 @@
 """Learning from completions labelled good or bad: KTO, BCO and APO without pairs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
-from fastpref.losses.unpaired import UnpairedLoss, bco_loss, kto_loss, mismatched_kl
+from fastpref.losses.unpaired import UnpairedLoss, UnpairedType, bco_loss, kto_loss, mismatched_kl
 from fastpref.methods.base import (
     OUTPUTS,
     Facts,
@@ -21,7 +22,7 @@ from fastpref.methods.base import (
     of_tokens,
     token_metrics,
 )
-from fastpref.methods.dpo import running_mean
+from fastpref.methods.coupled import running_mean
 from fastpref.models.head import LogpModel
 
 METRICS = (
@@ -29,7 +30,6 @@ METRICS = (
     *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
     *("entropy", "mean_token_accuracy"),
 )
-UnpairedType = Literal["kto", "bco", "apo_zero_unpaired"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class KTO(Method):
     loss_type: UnpairedType = "kto"
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    columns: tuple[str, ...] = ()
     precomputes_reference: bool = False
     needs_reference = True
     kind: ClassVar[Kind] = "unpaired"
@@ -60,6 +61,13 @@ class KTO(Method):
     def mismatches(self) -> bool:  # type: ignore[override]
         return self.loss_type == "kto"
 
+    def lacks(self, groups: Sequence[Group]) -> tuple[str, ...]:
+        labels = {group.extras["label"] != 0 for group in groups}
+        sides = {True: "chosen", False: "rejected"}
+        gone = [side for label, side in sides.items() if labels and label not in labels]
+        names = [f"{part}/{side}" for part in ("rewards", "logps", "logits") for side in gone]
+        return (*names, *(["rewards/margins"] if gone else []))
+
     def trained(self, group: Group) -> Group:
         return replace(
             group,
@@ -70,11 +78,15 @@ class KTO(Method):
 
     def score(self, model: LogpModel, batch: Batch, reference: LogpModel | None) -> Scored:
         stats = model(batch, outputs=OUTPUTS)
-        logps, ref_logps = self.sum_logps(stats.logp, batch), batch.extras["ref_logp"]
+        logps = self.sum_logps(stats.logp, batch)
         labels = batch.extras["label"]
         each = len(logps) // len(labels)
-        values = {"logps": logps[::each], "ref_logps": ref_logps[::each], "labels": labels}
-        if each == 2:
+        values = {"logps": logps[::each], "labels": labels}
+        values |= {name: batch.extras[name] for name in self.columns}
+        ref_logps = batch.extras.get("ref_logp")  # where it is known, a second pass has none
+        if ref_logps is not None:
+            values["ref_logps"] = ref_logps[::each]
+        if ref_logps is not None and each == 2:
             values |= {"kl_logps": logps[1::2].detach(), "kl_ref_logps": ref_logps[1::2]}
         own = torch.arange(len(logps), device=logps.device) % each == 0
         good = labels.repeat_interleave(each, output_size=len(logps)) != 0
@@ -107,7 +119,8 @@ class KTO(Method):
         if self.loss_type == "bco":
             rewards = self.beta * (inputs[0] - inputs[1]).detach()
             delta = torch.as_tensor(facts.get("delta", rewards.mean()))
-            return bco_loss(*inputs, beta=self.beta, delta=delta), delta
+            weight = values.get("weight")
+            return bco_loss(*inputs, beta=self.beta, delta=delta, weight=weight), delta
         kl = None
         if self.mismatches:
             kl = mismatched_kl(values["kl_logps"], values["kl_ref_logps"])

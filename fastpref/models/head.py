@@ -109,12 +109,7 @@ class LogpHead(nn.Linear):
         """
         if target is None:
             return super().forward(hidden)
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        hidden, weight, bias = self._operands(hidden)
         return linear_logp_stats(
             hidden,
             weight,
@@ -129,22 +124,28 @@ class LogpHead(nn.Linear):
             entropy_grad=entropy_grad,
         )
 
+    def _operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden, weight and bias as autocast has them."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not torch.is_autocast_enabled(hidden.device.type):
+            return hidden, weight, bias
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
     def kl(
         self, hidden: Tensor, ref_hidden: Tensor, reference: "LogpHead", *, rows: Tensor
     ) -> Tensor:
         """(M,) KL(reference || self) in nats, over the full vocabulary; linear_kl of both heads."""
-        weights = self.weight, reference.weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, ref_hidden = hidden.to(dtype), ref_hidden.to(dtype)
-            weights = self.weight.to(dtype), reference.weight.to(dtype)
+        hidden, weight, bias = self._operands(hidden)
+        ref_hidden, ref_weight, ref_bias = reference._operands(ref_hidden)
         return linear_kl(
             hidden,
-            weights[0],
+            weight,
             ref_hidden,
-            weights[1],
-            bias=self.bias,
-            ref_bias=reference.bias,
+            ref_weight,
+            bias=bias,
+            ref_bias=ref_bias,
             rows=rows,
             logit_scale=self.logit_scale,
             softcap=self.softcap,

@@ -6,14 +6,16 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from fastpref.losses.pairs import OPTIONS, dpo_loss, loss_inputs, uses_reference
 from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
+from fastpref.losses.unpaired import UnpairedType
 from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
 
 Strategy = Literal["no", "steps", "epoch"]
@@ -225,6 +227,8 @@ class ReferenceConfig(TrainConfig):
     """Score the data with the reference once, before training, and keep no second model."""
     reference_cache: str | None = None
     """Folder of those scores, which several runs may share; None: in the run's own folder."""
+    loss_columns: list[str] | None = None
+    """Numbers of rows that the loss is to read though it can do without: margin, weight."""
 
     def check(self) -> None:
         super().check()
@@ -239,12 +243,17 @@ class DPOConfig(ReferenceConfig):
     """Direct preference optimisation and its kin."""
 
     loss_type: str | list[str] = "sigmoid"
-    """One preference loss or several, summed with loss_weights; fastpref/losses/preference.py
-    defines each. plackett_luce and all_pairs learn from rankings."""
+    """One preference loss or several, summed with loss_weights; losses/preference.py defines each:
+    sigmoid, robust, ipo, ipo_sum, hinge, slic, exo_pair, nca_pair, bco_pair, bco_pair_delta, sppo,
+    sppo_hard, aot, aot_unpaired, aot_global, sft, unlikelihood, discopop, apo_zero, apo_down,
+    sigmoid_norm, rdpo, alpha_dpo, modpo, rpo, rpo_sq, rpo_bwd_kl, rpo_fwd_kl, simpo, cpo, orpo,
+    tdpo, tdpo2; plackett_luce and all_pairs learn from rankings."""
     loss_weights: list[float] | None = None
     """A weight for each loss_type; None: 1 each."""
     loss_options: dict[str, float] | None = None
-    """Numbers of the losses' own by name (simpo_gamma, rpo_alpha, ...); each is a key too."""
+    """Numbers of the losses' own by name, each of them a key too: slic_delta, slic_lambda,
+    unlikelihood_alpha, discopop_tau, rdpo_alpha, alpha_dpo_gamma, alpha_dpo_alpha, modpo_weight,
+    rpo_alpha, reward_scale, simpo_gamma, cpo_alpha, tdpo_alpha."""
     label_smoothing: float | None = None
     """Probability that a preference is flipped (conservative DPO); None: the loss's own default."""
     f_divergence_type: str = "reverse_kl"
@@ -257,16 +266,19 @@ class DPOConfig(ReferenceConfig):
     """Weigh pairs by how likely the policy is to write them (WPO)."""
 
     def loss_types(self) -> list[str]:
-        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type or [])
 
     def check(self) -> None:
         super().check()
         types = self.loss_types()
         for name in types:
+            if name in get_args(UnpairedType):
+                raise ConfigError(f"need fastpref kto for loss_type {name!r}, got fastpref dpo")
             if name not in LOSSES and name not in RANKING_LOSSES:
                 raise ConfigError(unknown("loss_type", name, [*LOSSES, *RANKING_LOSSES]))
         if not types:
-            raise ConfigError("need at least one loss_type, got []")
+            raise ConfigError(f"need at least one loss_type, got {self.loss_type}")
+        self.settle(types)
         if self.loss_weights is not None and len(self.loss_weights) != len(types):
             raise ConfigError(
                 f"need one of loss_weights per loss_type {types}, got {self.loss_weights}"
@@ -278,31 +290,56 @@ class DPOConfig(ReferenceConfig):
         else:
             self.check_losses()
 
+    def settle(self, types: list[str]) -> None:
+        """Write what asks for nothing as nothing, so that equal runs have equal keys."""
+        self.loss_type = types[0] if len(types) == 1 else types
+        if self.label_smoothing == 0 and "exo_pair" not in types:
+            self.label_smoothing = None
+        options = self.loss_options or {}
+        for key, value in options.items():
+            if key not in LOSS_OPTIONS:
+                raise ConfigError(unknown("key of loss_options", key, LOSS_OPTIONS))
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"need a finite number for {key}, got {value!r}")
+        asked = {key: value for key, value in options.items() if value != LOSS_OPTIONS[key]}
+        self.loss_options = asked or None
+        for weight in self.loss_weights or []:
+            if not math.isfinite(weight):
+                raise ConfigError(f"need finite loss_weights, got {self.loss_weights}")
+        if self.f_alpha_divergence_coef != 0.5 and self.f_divergence_type != "alpha_divergence":
+            raise ConfigError(
+                "need f_divergence_type alpha_divergence for f_alpha_divergence_coef "
+                f"{self.f_alpha_divergence_coef}, got {self.f_divergence_type}"
+            )
+
+    def columns(self) -> tuple[str, ...]:
+        """Numbers of rows that the losses read: what they need, and what they are told to."""
+        inputs = [loss_inputs(name) for name in self.loss_types() if name in LOSSES]
+        needed = [k for k in ("margin", "win_rate") if any(not x.get(k, True) for x in inputs)]
+        return tuple(dict.fromkeys([*needed, *(self.loss_columns or [])]))
+
+    def told(self) -> str:
+        """The keys that shape the losses and are set."""
+        default = DPOConfig()
+        keys = ("loss_type", *PAIR_KEYS)
+        return ", ".join(key for key in keys if getattr(self, key) != getattr(default, key))
+
     def check_ranking(self) -> None:
         """A ranking loss stands alone, without what pairs can be told."""
         types = self.loss_types()
         if len(types) > 1:
             raise ConfigError(f"need a ranking loss alone, got {types}")
-        default = DPOConfig()
-        for key in PAIR_KEYS:
-            if getattr(self, key) != getattr(default, key):
-                raise ConfigError(f"loss_type {types[0]!r} has no {key}, got {getattr(self, key)}")
+        if told := self.told().replace("loss_type", "").lstrip(", "):
+            raise ConfigError(f"loss_type {types[0]!r} has no {told}, got one")
 
     def check_losses(self) -> None:
         """Take each loss once on one pair: it knows which options it takes."""
         types, one = self.loss_types(), torch.ones(1)
         needs = {k for t in types for k, optional in loss_inputs(t).items() if not optional}
         refs = any(map(uses_reference, types))
-        taken = {key for name in types for key in OPTIONS[name]}
-        for key, value in (self.loss_options or {}).items():
-            if key not in LOSS_OPTIONS:
-                raise ConfigError(unknown("key of loss_options", key, LOSS_OPTIONS))
-            if key not in taken and value == LOSS_OPTIONS[key]:  # a recipe that spells defaults out
-                self.loss_options = {k: v for k, v in (self.loss_options or {}).items() if k != key}
-        names = {"chosen_lengths", "rejected_lengths"} | (
-            {"weight"} if self.use_weighting else set()
-        )
-        names |= {"margin", "win_rate", "chosen_kl", "rejected_kl"} & needs
+        names = {"chosen_lengths", "rejected_lengths", *self.columns()}
+        names |= {"chosen_kl", "rejected_kl"} & needs
+        names |= {"weight"} if self.use_weighting else set()
         options: dict[str, Any] = {**dict.fromkeys(names, one), **(self.loss_options or {})}
         try:
             dpo_loss(
@@ -329,7 +366,7 @@ class DPOConfig(ReferenceConfig):
 class KTOConfig(ReferenceConfig):
     """Learning from single completions that are labelled good or bad."""
 
-    loss_type: Literal["kto", "bco", "apo_zero_unpaired"] = "kto"
+    loss_type: UnpairedType = "kto"
     """kto, bco or apo_zero_unpaired; fastpref/losses/unpaired.py defines them."""
     desirable_weight: float = 1.0
     """Weight of good completions; not of bco."""
@@ -340,15 +377,21 @@ class KTOConfig(ReferenceConfig):
         super().check()
         at_least(self, 0, "desirable_weight", "undesirable_weight")
         weights = self.desirable_weight, self.undesirable_weight
+        if not 0 < sum(weights) < float("inf"):
+            raise ConfigError(f"need finite weights, one of them above 0, got {weights}")
         if self.loss_type == "bco" and weights != (1.0, 1.0):
             raise ConfigError(f"loss_type 'bco' has no desirable_weight, got {weights}")
+        read = ["weight"] if self.loss_type == "bco" else []
+        if not {*(self.loss_columns or [])} <= {*read}:
+            need = f"need loss_columns in {read} for loss_type {self.loss_type!r}"
+            raise ConfigError(f"{need}, got {self.loss_columns}")
 
 
 LOSS_OPTIONS = {key: value for options in OPTIONS.values() for key, value in options.items()}
 # what a ranking loss cannot be told
 PAIR_KEYS = (
     *("loss_weights", "loss_options", "label_smoothing", "f_divergence_type"),
-    *("f_alpha_divergence_coef", "ld_alpha", "use_weighting"),
+    *("f_alpha_divergence_coef", "ld_alpha", "use_weighting", "loss_columns"),
 )
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -377,11 +420,23 @@ def typed(cls: type[Config], values: Mapping[str, Any]) -> Config:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None, fail_untyped=False)
     try:
-        paths = {k: str(v) for k, v in values.items() if isinstance(v, os.PathLike)}
-        namespace = parser.parse_object({**values, **paths})
+        namespace = parser.parse_object({key: plain(value) for key, value in values.items()})
     except ArgumentError as error:
         raise ConfigError(str(error)) from error
     return cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls)})
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML writes it: paths as text, numbers of numpy as Python's."""
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return value
 
 
 def tracker_names(report_to: str | list[str]) -> list[str]:
@@ -432,13 +487,16 @@ def check_keys(
             value = (
                 WORDS[key].get(value, value) if isinstance(value, bool) and key in WORDS else value
             )
+            if key == "loss_options":
+                value = merged(taken.pop(key, None), value)
             if taken.get(key) and value and taken[key] != value:
                 raise ConfigError(
                     f"need one of {' and '.join(names_of(key))}, got {taken[key]} and {value}"
                 )
             taken[key] = value or taken.get(key, value)  # warmup_steps: 0 beside a warmup_ratio
         elif key in LOSS_OPTIONS and "loss_options" in fields:
-            taken["loss_options"] = {**(taken.get("loss_options") or {}), key: value}
+            if value is not None:
+                taken["loss_options"] = merged(taken.get("loss_options"), {key: value})
         elif key in INERT:
             notes.append(f"{given} has no effect: {INERT[key]}")
         elif key in UNSUPPORTED:
@@ -449,5 +507,18 @@ def check_keys(
                     f"{' or '.join(map(repr, neutral))}"
                 )
         else:
-            raise ConfigError(unknown("key", given, fields | set(ALIASES)))
+            more = set(LOSS_OPTIONS) if "loss_options" in fields else set()
+            raise ConfigError(unknown("key", given, fields | set(ALIASES) | more))
     return taken, notes
+
+
+def merged(known: Any, more: Any) -> dict[str, Any]:
+    """Loss options from both; ConfigError where they disagree."""
+    known, more = known or {}, more or {}
+    for options in (known, more):
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"need names and numbers for loss_options, got {options!r}")
+    for key in known.keys() & more.keys():
+        if known[key] != more[key]:
+            raise ConfigError(f"need one {key}, got {known[key]} and {more[key]}")
+    return {**known, **more}

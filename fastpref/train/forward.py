@@ -39,9 +39,11 @@ class Forward:
     reference: LogpModel | None = None
     moving: dict[str, Tensor] = field(default_factory=dict)
 
-    def score(self, groups: Groups) -> Scored:
+    def score(self, groups: Groups, *, compare: bool = True) -> Scored:
+        """A forward of the model, and of the reference unless its scores are known."""
         batch = pack(groups).to(self.engine.device, non_blocking=True)
-        batch = with_reference(self.engine, self.method, self.reference, batch)
+        if compare:
+            batch = with_reference(self.engine, self.method, self.reference, batch)
         with self.engine.autocast():
             return self.method.score(self.engine.model, batch, self.reference)
 
@@ -69,7 +71,7 @@ class Forward:
         shares, value, metrics = differentiate(self.method, whole, {**known, **self.moving})
         groups, of_step = [group for part in parts for group in part], self.shared(metrics)
         for part, share in zip(parts, shares, strict=True):
-            scored = self.score([self.method.trained(group) for group in part])
+            scored = self.score([self.method.trained(group) for group in part], compare=False)
             loss = surrogate(scored.values, share)
             yield Part(loss, value / self.engine.world_size, groups, {**of_step, **scored.metrics})
             value, groups, of_step = torch.zeros_like(value), [], {}

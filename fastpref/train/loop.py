@@ -33,7 +33,7 @@ STEP_KEYS = (
     *("adam_epsilon", "max_grad_norm", "dtype", "bf16"),
     *("beta", "loss_type", "loss_weights", "loss_options", "label_smoothing", "ld_alpha"),
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
-    *("desirable_weight", "undesirable_weight"),
+    *("desirable_weight", "undesirable_weight", "loss_columns"),
 )
 # losses that may wait on the device before they are looked at
 MOST_UNSEEN = 1000
@@ -58,6 +58,14 @@ class Trainer:
         self.forward = Forward(self.engine, self.method)
         self.plan = Plan.of(config, len(self.train_groups), self.engine.world_size)
         self.counts = [self.method.count(group) for group in self.train_groups]
+        for group in self.eval_groups:  # what they lack must not come out at the first evaluation
+            self.method.count(group)
+        if self.method.couples and self.plan.per_step < 2:
+            raise ConfigError(
+                "need at least 2 groups in an optimizer step for a loss that couples them, got "
+                f"per_device_train_batch_size {config.per_device_train_batch_size} and "
+                f"gradient_accumulation_steps {config.gradient_accumulation_steps}"
+            )
         name, higher = self.best_by()
         self.state = TrainerState(
             shape=self.shape(),
@@ -93,6 +101,9 @@ class Trainer:
         known = {"loss", *self.method.metric_names}
         if name is not None and name.removeprefix("eval_") not in known:
             raise ConfigError(unknown("metric_for_best_model", name, sorted(known)))
+        lacking = self.method.lacks(self.eval_groups)
+        if name is not None and name.removeprefix("eval_") in lacking:
+            raise ConfigError(f"need evaluation data that have {name}, got groups of one label")
 
     def shape(self) -> dict[str, Any]:
         """What the steps depend on: a resumed run must agree with it."""

@@ -147,6 +147,7 @@ def kto_method(config: KTOConfig) -> KTO:
         loss_type=config.loss_type,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
+        columns=tuple(config.loss_columns or ()),
         precomputes_reference=config.precompute_ref_log_probs,
     )
 
@@ -154,9 +155,9 @@ def kto_method(config: KTOConfig) -> KTO:
 def preference_method(config: DPOConfig, loss_fn: LossFn | None = None) -> Method:
     """What ``fastpref dpo`` learns by, from its configuration."""
     types, precomputes = tuple(config.loss_types()), config.precompute_ref_log_probs
+    if loss_fn is not None and (told := config.told()):
+        raise ConfigError(f"need a loss_fn without what it cannot read, got one and {told}")
     if types[0] in RANKING_LOSSES:
-        if loss_fn is not None:
-            raise ConfigError(f"need loss_type without a loss_fn, got {types[0]!r} and one")
         return Ranking(config.beta, types[0], precomputes_reference=precomputes)
     return DPO(
         beta=config.beta,
@@ -168,6 +169,7 @@ def preference_method(config: DPOConfig, loss_fn: LossFn | None = None) -> Metho
         ld_alpha=config.ld_alpha,
         use_weighting=config.use_weighting,
         options=config.loss_options or {},
+        columns=config.columns(),
         loss_fn=loss_fn,
         precomputes_reference=precomputes,
     )
@@ -383,6 +385,7 @@ class Reader:
                 max_length=self.config.max_length,
                 truncation_mode=self.config.truncation_mode,
                 generation_config=self.generation_config,
+                own=1 if self.method.mismatches else None,
             )
             # a group over the token budget must be found now, not hours from here
             split_groups(groups, max_tokens=self.config.max_tokens_per_micro_batch)
@@ -394,8 +397,6 @@ class Reader:
         taken = dropped["unpaired_from_pairs"], dropped["sft_on_chosen"]  # counted, not dropped
         rows_read = len(examples) - taken[0] + sum(dropped.values()) - sum(taken)
         tell(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
-        if read := [name for name in self.method.columns if name in groups[0].extras]:
-            tell(f"{part}: the loss reads the columns {', '.join(read)}")
         return groups
 
     def examples(self, part: str, rows: Rows | None) -> tuple[list[Example], dict[str, int]]:

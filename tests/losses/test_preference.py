@@ -69,8 +69,8 @@ VALUES = [
     ("rpo", LENGTHS, 1.620957),
     ("rpo", {"chosen_nll": torch.tensor([1.0])}, 1.620957),
     ("rpo_sq", GAP, 0.1225),
-    ("rpo_bwd_kl", GAP, coin_kl(*HEADS)),
-    ("rpo_fwd_kl", GAP, coin_kl(*HEADS[::-1])),
+    ("rpo_bwd_kl", GAP, coin_kl(*HEADS[::-1])),  # of the rewards from the policy
+    ("rpo_fwd_kl", GAP, coin_kl(*HEADS)),
     ("simpo", {"beta": 2.0, **LENGTHS}, 0.554355),
     ("cpo", LENGTHS, 1.554355),
     ("orpo", LENGTHS, 1.044623),
@@ -224,7 +224,8 @@ def test_any_pairs(loss_type, count, seed, scale, divergence):
     low = [t.detach().float().requires_grad_() for t in x]
     exact = dpo_loss(*(t.double() for t in low), loss_type=loss_type, **options)
     out = dpo_loss(*low, loss_type=loss_type, **options)
-    if not exact.losses.abs().max() < 1e30:
+    assert not exact.losses.isnan().any()
+    if exact.losses.abs().max() > 1e30:
         return  # the definition itself leaves fp32
     torch.testing.assert_close(out.losses.double(), exact.losses, rtol=2e-4, atol=2e-5)
     grads = torch.autograd.grad(out.losses.sum(), low[:2], allow_unused=True)
@@ -289,14 +290,28 @@ def test_cuda_equals_the_cpu(loss_type):
         ({"label_smoothing": 0.5}, "label_smoothing in .*got 0.1 and 0.5"),
         ({"ref_rejected_logps": None}, "got ref_chosen_logps alone"),
         ({"rejected_logps": torch.zeros(2)}, r"need rejected_logps \(P,\) = \(1,\), got \(2,\)"),
-        ({"margin": torch.ones(1, 1)}, r"need margin \(P,\) = \(1,\), got \(1, 1\)"),
-        ({"chosen_logps": torch.zeros(())}, r"need chosen_logps \(P,\) = \(\), got \(\)"),
+        ({"margin": torch.ones(1, 1)}, r"need margin \(P,\), got \(1, 1\)"),
+        ({"chosen_logps": torch.zeros(())}, r"need chosen_logps \(P,\), got \(\)"),
+        ({"chosen_scores": torch.ones(1)}, "need no chosen_scores, which is made here"),
+        ({"simpo_gamma": None}, "need no simpo_gamma, which is made here or means nothing"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "need discopop_tau > 0, got 0.0"),
     ],
 )
 def test_refuses(change, message):
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     with pytest.raises(ValueError, match=message):
         dpo_loss(**dict(zip(names, pairs(*LOGPS), strict=True)) | change)
+
+
+def test_refuses_what_is_no_tensor():
+    with pytest.raises(TypeError, match="need a tensor for rejected_logps, got list"):
+        dpo_loss(torch.zeros(1), [0.0])
+    with pytest.raises(TypeError, match="need a tensor for win_rate, got float"):
+        dpo_loss(*pairs(*LOGPS), loss_type="sppo", win_rate=0.5)
+
+
+def test_a_smoothing_of_zero_asks_for_nothing():
+    assert dpo_loss(*pairs(*LOGPS), loss_type="hinge", label_smoothing=0.0).losses.item() == 0.85
 
 
 def test_refuses_integers():

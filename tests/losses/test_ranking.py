@@ -90,7 +90,10 @@ def test_gradients(loss_type):
         ({"scores": torch.ones(2)}, ValueError, r"need scores \(B,\) = \(3,\), got \(2,\)"),
         ({"ref_logps": torch.ones(1)}, ValueError, r"need ref_logps \(B,\) = \(3,\), got \(1,\)"),
         ({"logps": torch.tensor([1, 2, 3])}, TypeError, "need floating-point logps, got torch.int"),
-        ({"groups": torch.tensor([0.0, 3.0])}, ValueError, r"need groups \(G\+1,\) of integers"),
+        ({"groups": torch.tensor([0.0, 3.0])}, TypeError, "need int32 or int64 groups, got"),
+        ({"groups": torch.tensor([3])}, ValueError, r"rising from 0 to 3, got \[3\]"),
+        ({"groups": torch.tensor([0, 5, 3])}, ValueError, r"rising from 0 to 3, got \[0, 5, 3\]"),
+        ({"scores": THREE * math.nan}, ValueError, "need scores without NaN"),
         ({"beta": -1.0}, ValueError, "need beta > 0, got -1.0"),
     ],
 )

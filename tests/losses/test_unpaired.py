@@ -65,6 +65,7 @@ def test_the_kl_is_never_negative_and_detached():
     assert mismatched_kl(x, torch.tensor([-1.0, -1.0])) == 0
     kl = mismatched_kl(x, torch.tensor([-4.0, -4.0]))
     assert kl == 1.5 and not kl.requires_grad
+    assert mismatched_kl(x.bfloat16(), torch.tensor([-4.0, -4.0]).bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,35 @@ def test_any_batch_is_finite(count, seed, scale, kl):
     for out in (kto_loss(x, 0 * x.detach(), labels, kl=kl), bco_loss(x, 0 * x.detach(), labels)):
         assert torch.isfinite(out.losses).all() and (out.losses >= 0).all()
         assert torch.isfinite(torch.autograd.grad(out.losses.sum(), x)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda x: kto_loss(*x, kl=torch.ones(2, 1)),
+            ValueError,
+            r"number or 0-d kl, got \(2, 1\)",
+        ),
+        (lambda x: bco_loss(*x, delta=torch.ones(2)), ValueError, r"or 0-d delta, got \(2,\)"),
+        (
+            lambda x: bco_loss(*x, weight=torch.ones(2, 1)),
+            ValueError,
+            r"need weight \(B,\) = \(2,\)",
+        ),
+        (
+            lambda x: kto_loss(*x, kl=0.0, desirable_weight=-1.0),
+            ValueError,
+            "of at least 0, got -1",
+        ),
+        (lambda x: mismatched_kl(x[0], x[1][:1]), ValueError, r"need ref_logps \(B,\) = \(2,\)"),
+        (lambda x: mismatched_kl(x[0][:0], x[1][:0]), ValueError, "at least one completion"),
+        (lambda x: kto_loss(x[0], None, x[2], kl=0.0), TypeError, "tensor for ref_logps, got None"),
+    ],
+)
+def test_what_would_broadcast_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call((LOGPS, REFS, LABELS))
 
 
 @pytest.mark.parametrize("loss", [lambda *x, **k: kto_loss(*x, kl=0.1, **k), bco_loss])

@@ -31,6 +31,25 @@ def test_the_head_is_a_linear_layer_and_more():
     assert stats.is_top1 is None
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "autocast"])
+def test_the_kl_of_two_heads(low):
+    """Scale, cap and biases included; autocast multiplies in bf16, as in the log-probs."""
+    gen = torch.Generator().manual_seed(0)
+    heads = [LogpHead(nn.Linear(8, 30, bias=True), scale=1.5, softcap=4.0) for _ in range(2)]
+    heads[1].requires_grad_(False)
+    hidden = [torch.randn(5, 8, generator=gen) for _ in heads]
+    rows = torch.tensor([0, 3, 3, 4])
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        kl = heads[0].kl(hidden[0], hidden[1], heads[1], rows=rows)
+    logps = []
+    for head, x in zip(heads, hidden, strict=True):
+        z = 1.5 * torch.nn.functional.linear(x.double(), head.weight.double(), head.bias.double())
+        logps.append((4 * torch.tanh(z / 4)).log_softmax(-1)[rows])
+    want = (logps[1].exp() * (logps[1] - logps[0])).sum(-1).float()
+    assert want.min() > 0.01
+    torch.testing.assert_close(kl, want, rtol=0.03 if low else 1e-5, atol=1e-2 if low else 1e-6)
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_parameters_and_ties_are_kept(tiny, tie):
     plain = tiny(tie=tie)

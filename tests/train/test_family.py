@@ -1,16 +1,20 @@
 """Losses as runs: what each loads, remembers and refuses, from the command line's keys on."""
 
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from fastpref.cli import parse
 from fastpref.data.files import DataError
+from fastpref.losses.preference import LOSSES
+from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.models.head import LogpModel
 from fastpref.train.checkpoint import CheckpointError, path_of
-from fastpref.train.config import ConfigError, DPOConfig, KTOConfig
+from fastpref.train.config import LOSS_OPTIONS, ConfigError, DPOConfig, KTOConfig, check_keys, typed
 from fastpref.train.run import dpo, kto, preference_method
 
 TIMES = ("tokens_per_second", "eval_runtime", "peak_memory_gib")
@@ -135,14 +139,41 @@ def test_scores_of_another_rule_are_not_used(tmp_path, tokenizer, new_model, pai
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
-def test_numbers_of_rows_reach_the_loss(tmp_path, tokenizer, new_model, pairs, capfd):
+@pytest.mark.parametrize("number", [float, np.float32])
+def test_numbers_of_rows_reach_the_loss(number, tmp_path, tokenizer, new_model, pairs):
     """At the first step policy and reference agree: the loss is -log sigmoid(-margin)."""
     margins = [0.1 * i for i in range(4)]
-    rows = [{**pair, "margin": m} for pair, m in zip(pairs, margins, strict=False)]
-    dpo(options(tmp_path, max_steps=1), new_model(), rows, tokenizer=tokenizer)
-    want = -torch.nn.functional.logsigmoid(-torch.tensor(margins)).mean().item()
-    assert log_of(tmp_path)[0]["loss"] == pytest.approx(want, rel=1e-4)
-    assert "train: the loss reads the columns margin" in capfd.readouterr().err
+    rows = [{**pair, "margin": number(m)} for pair, m in zip(pairs, margins, strict=False)]
+    for columns, shift in ((["margin"], torch.tensor(margins)), (None, torch.zeros(4))):
+        config = options(tmp_path / str(columns), max_steps=1, loss_columns=columns)
+        dpo(config, new_model(), rows, tokenizer=tokenizer)
+        want = -torch.nn.functional.logsigmoid(-shift).mean().item()
+        assert log_of(tmp_path / str(columns))[0]["loss"] == pytest.approx(want, rel=1e-4)
+
+
+def test_a_mismatched_completion_takes_nothing_from_its_row(tokenizer):
+    """It is cut to the room that is left, and no row is dropped for it."""
+    from fastpref.methods.kto import KTO
+    from fastpref.train.run import Reader
+
+    long = " very" * 40
+    rows = [
+        {"prompt": f"The {word} film was", "completion": completion, "label": True}
+        for word, completion in (
+            ("first", " good ."),
+            ("second", " good" + long),
+            ("last", " bad ."),
+        )
+    ]
+    own = {}
+    for loss_type in ("bco", "kto"):  # without mismatched completions, and with
+        config = KTOConfig(loss_type=loss_type, max_length=20)
+        reader = Reader(config, KTO(loss_type=loss_type), tokenizer, None)
+        own[loss_type] = reader.groups("train", rows)
+    assert len(own["kto"]) == 3
+    for plain, both in zip(own["bco"], own["kto"], strict=True):
+        assert both.prompt == plain.prompt and both.completions[:1] == plain.completions
+        assert len(both.completions) == 2 and len(both.prompt + both.completions[1]) <= 20
 
 
 @pytest.mark.parametrize(
@@ -155,12 +186,16 @@ def test_numbers_of_rows_reach_the_loss(tmp_path, tokenizer, new_model, pairs, c
         ),
         (["--loss_type", "rdpo", "--loss_options", '{"rdpo_alpha": 0.2}'], {"rdpo_alpha": 0.2}),
         (["--discopop_tau", "0.05"], {}),  # what TRL's recipes spell out
+        (["--loss_type", "ipo", "--label_smoothing", "0.0"], {}),
+        (["--loss_type", "all_pairs", "--label_smoothing", "0.0"], {}),
+        (["--loss_weights", "2.0"], {}),
     ],
 )
 def test_a_losses_own_numbers_are_keys(args, want):
     config = parse("dpo", DPOConfig, args)
     assert (config.loss_options or {}) == want
-    assert preference_method(config).options == want
+    method = preference_method(config)
+    assert getattr(method, "options", {}) == want
 
 
 @pytest.mark.parametrize(
@@ -178,6 +213,27 @@ def test_a_losses_own_numbers_are_keys(args, want):
         (lambda: KTOConfig(loss_type="bco", desirable_weight=2.0), "'bco' has no desirable_weight"),
         (lambda: KTOConfig(desirable_weight=-1.0), "need desirable_weight of at least 0"),
         (lambda: KTOConfig(beta=0.0), "need beta > 0, got 0"),
+        (lambda: KTOConfig(desirable_weight=0.0, undesirable_weight=0.0), "one of them above 0"),
+        (lambda: KTOConfig(loss_columns=["weight"]), r"need loss_columns in \[\] for .*'kto'"),
+        (lambda: DPOConfig(loss_type="kto"), "need fastpref kto for loss_type 'kto'"),
+        (lambda: DPOConfig(loss_type=None), "need at least one loss_type, got None"),
+        (lambda: DPOConfig(loss_type="ipo", loss_columns=["margin"]), "'ipo' has no margin"),
+        (
+            lambda: DPOConfig(loss_type="aot", loss_columns=["weight"]),
+            "sorts pairs and has no weight",
+        ),
+        (lambda: DPOConfig(loss_weights=[float("inf")]), "need finite loss_weights"),
+        (lambda: DPOConfig(loss_type="modpo", loss_options={"modpo_weight": 0.0}), "weight > 0"),
+        (
+            lambda: DPOConfig(loss_options={"simpo_gamma": "0.3"}),
+            "need a finite number for simpo_g",
+        ),
+        (lambda: DPOConfig(f_alpha_divergence_coef=0.3), "need f_divergence_type alpha_divergence"),
+        (lambda: check_keys(DPOConfig, {"simpo_gama": 0.3}), "nearest is 'simpo_gamma'"),
+        (
+            lambda: check_keys(DPOConfig, {"simpo_gamma": 0.3, "loss_options": {"simpo_gamma": 1}}),
+            "need one simpo_gamma, got 0.3 and 1",
+        ),
     ],
 )
 def test_configs_are_refused(make, message):
@@ -185,17 +241,57 @@ def test_configs_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
 @pytest.mark.parametrize(
-    ("loss_type", "more", "message"),
+    ("keys", "more", "message"),
     [
-        ("sppo", {}, "row 0: need a number 'win_rate' for sppo, got the columns none"),
-        ("modpo", {"win_rate": 1.0}, "need a number 'margin' for modpo, got the columns win_rate"),
-        ("aot", {"weight": 1.0}, "need no column 'weight' for aot: it sorts pairs"),
+        ({"loss_type": "sppo"}, {}, "row 0: need a number 'win_rate' for .*, got the columns none"),
+        ({"loss_type": "modpo"}, {"x": 1.0}, "need a number 'margin' for .*, got the columns x"),
+        (
+            {"loss_type": "sppo"},
+            {"win_rate": 55.0},
+            r"row 0: need win_rate in \[0.0, 1.0\], got 55",
+        ),
+        ({"loss_columns": ["weight"]}, {"weight": -1.0}, r"need weight in \[0.0, inf\], got -1.0"),
     ],
 )
 def test_rows_that_lack_a_number_are_refused_at_the_start(
-    loss_type, more, message, tmp_path, tokenizer, new_model, pairs
+    part, keys, more, message, tmp_path, tokenizer, new_model, pairs
 ):
-    rows = [{**pair, **more} for pair in pairs]
+    good = [{**pair, "win_rate": 1.0, "margin": 1.0, "weight": 1.0} for pair in pairs]
+    bad = [{**pair, **more} for pair in pairs]
+    rows = (bad, good) if part == "train" else (good, bad)
+    config = options(tmp_path, eval_steps=1, **keys)
     with pytest.raises(DataError, match=message):
-        dpo(options(tmp_path, loss_type=loss_type), new_model(), rows, tokenizer=tokenizer)
+        dpo(config, new_model(), *rows, tokenizer=tokenizer)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_one_group_cannot_say_is_refused(tmp_path, tokenizer, new_model, pairs):
+    rows = labelled(pairs)
+    config = options(tmp_path, per_device_train_batch_size=1)
+    with pytest.raises(ConfigError, match="at least 2 groups in an optimizer step"):
+        kto(config, new_model(), rows, tokenizer=tokenizer)
+    good = [row for row in rows if row["label"]]
+    config = options(tmp_path, eval_steps=1, metric_for_best_model="rewards/margins")
+    with pytest.raises(ConfigError, match="evaluation data that have rewards/margins, got groups"):
+        kto(config, new_model(), rows, good, tokenizer=tokenizer)
+
+
+def test_a_loss_of_ones_own_refuses_what_it_cannot_read(tmp_path, tokenizer, new_model, pairs):
+    config = options(tmp_path, use_weighting=True, loss_columns=["weight"])
+    with pytest.raises(ConfigError, match="got one and use_weighting, loss_columns"):
+        dpo(config, new_model(), pairs, tokenizer=tokenizer, loss_fn=lambda *x: x[0])
+
+
+def test_what_asks_for_nothing_changes_no_run():
+    spelled = {"simpo_gamma": 0.5, "label_smoothing": 0.0, "loss_type": ["simpo"]}
+    values = check_keys(DPOConfig, spelled | {"beta": np.float64(0.1)})[0]
+    assert typed(DPOConfig, values) == DPOConfig(loss_type="simpo")
+
+
+def test_the_help_names_every_loss_and_option(capsys):
+    with pytest.raises(SystemExit):
+        parse("dpo", DPOConfig, ["--help"])
+    told = re.split(r"[\s,:;.]+", capsys.readouterr().out)
+    assert {*LOSSES, *RANKING_LOSSES, *LOSS_OPTIONS} <= {*told}
