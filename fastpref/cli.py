@@ -66,9 +66,10 @@ def run_command(command: str, args: list[str]) -> int:
 
     from fastpref.models.tiny import TinyConfig, make_tiny
     from fastpref.quickstart import QuickstartConfig, quickstart
-    from fastpref.train.config import DPOConfig, KTOConfig, SFTConfig
+    from fastpref.train.config import SFTConfig
     from fastpref.train.console import tell
     from fastpref.train.guard import Stopped
+    from fastpref.train.preference_config import DPOConfig, KTOConfig
     from fastpref.train.run import dpo, kto, sft
 
     commands: dict[str, tuple[type[Any], Callable[[Any], object]]] = {

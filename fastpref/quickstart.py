@@ -24,7 +24,8 @@ from fastpref.models.head import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 from fastpref.report.page import write_report
 from fastpref.rollout.generate import SamplingParams, generate
-from fastpref.train.config import ConfigError, DPOConfig, SFTConfig
+from fastpref.train.config import ConfigError, SFTConfig
+from fastpref.train.preference_config import DPOConfig
 from fastpref.train.run import Result, dpo, sft
 
 MAX_NEW_TOKENS = 48

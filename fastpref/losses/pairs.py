@@ -143,6 +143,26 @@ def _check_use(types: Sequence[str], given: dict[str, Any]) -> None:
             raise ValueError(f"loss_type {idle[0]!r} has no {key}, got one{has}")
 
 
+def _check_fit(
+    types: Sequence[str],
+    refs: dict[str, Tensor | None],
+    weight: Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    """What was given fits the types, whatever its values are."""
+    given = [name for name, x in refs.items() if x is not None]
+    if len(given) == 1:
+        raise ValueError(f"need both reference log-probs or neither, got {given[0]} alone")
+    if given and not any(map(uses_reference, types)):
+        raise ValueError(f"loss_type {types[0]!r} has no reference, got its log-probs")
+    sorts = [name for name in types if LOSSES[name].couples == "sort"]
+    if sorts and weight is not None:
+        raise ValueError(f"loss_type {sorts[0]!r} sorts pairs and has no weight, got one")
+    for key, value in options.items():
+        if key in _MADE | {"beta"} or value is None:
+            raise ValueError(f"need no {key}, which is made here or means nothing, got one")
+
+
 def dpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -204,9 +224,9 @@ def dpo_loss(
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; each type names its own.
     """
     types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    weights = [1.0] * len(types) if loss_weights is None else list(loss_weights)
-    if not types or len(weights) != len(types):
-        raise ValueError(f"need loss types and a weight for each, got {types} and {weights}")
+    factors = [1.0] * len(types) if loss_weights is None else list(loss_weights)
+    if not types or len(factors) != len(types):
+        raise ValueError(f"need loss types and a weight for each, got {types} and {factors}")
     for name in types:
         loss_inputs(name)
     if not 0 < beta < float("inf") or not 0 <= (label_smoothing or 0.0) < 0.5:
@@ -214,17 +234,7 @@ def dpo_loss(
         raise ValueError(f"need beta > 0 and label_smoothing in [0, 0.5), got {got}")
     _check_divergence(types, f_divergence_type)
     refs = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
-    if (ref_chosen_logps is None) != (ref_rejected_logps is None):
-        alone = [name for name, x in refs.items() if x is not None]
-        raise ValueError(f"need both reference log-probs or neither, got {alone[0]} alone")
-    compares = any(map(uses_reference, types))
-    if ref_chosen_logps is not None and not compares:
-        raise ValueError(f"loss_type {types[0]!r} has no reference, got its log-probs")
-    sorts = [name for name in types if LOSSES[name].couples == "sort"]
-    if sorts and weight is not None:
-        raise ValueError(f"loss_type {sorts[0]!r} sorts pairs and has no weight, got one")
-    if made := [key for key in options if key in _MADE | {"beta"} or options[key] is None]:
-        raise ValueError(f"need no {made[0]}, which is made here or means nothing, got one")
+    _check_fit(types, refs, weight, options)
     given: dict[str, Any] = {
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
@@ -244,13 +254,13 @@ def dpo_loss(
         values["label_smoothing"] = label_smoothing
     _check_use(types, values)
     parts = []
-    for name, factor in zip(types, weights, strict=True):
+    for name, factor in zip(types, factors, strict=True):
         loss = LOSSES[name].function(**{k: values[k] for k in _INPUTS[name] if k in values})
         parts.append(loss if factor == 1 else factor * loss)
     losses = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     if weight is not None:
         losses = losses * weight.to(losses.dtype)
-    averages = not compares and "chosen_mean_logps" in _INPUTS[types[0]]
+    averages = not any(map(uses_reference, types)) and "chosen_mean_logps" in _INPUTS[types[0]]
     of = "mean_logps" if averages else "logratios"
     rewards = [(beta * values[f"{side}_{of}"]).detach() for side in ("chosen", "rejected")]
     return PairLoss(losses, *rewards)

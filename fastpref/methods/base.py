@@ -22,6 +22,12 @@ Values = dict[str, Tensor]
 # name -> a number of the whole step
 Facts = Mapping[str, Tensor | float]
 
+# metrics of completions of which some are better
+PAIR_METRICS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
+    *("entropy", "mean_token_accuracy"),
+)
 # of the numbers of a row
 RANGES = {"win_rate": (0.0, 1.0), "weight": (0.0, math.inf)}
 # what every method reads off the head beside log-probs

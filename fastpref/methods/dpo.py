@@ -17,6 +17,7 @@ from fastpref.losses.pairs import PairLoss, dpo_loss, loss_inputs, uses_referenc
 from fastpref.losses.preference import LOSSES
 from fastpref.methods.base import (
     OUTPUTS,
+    PAIR_METRICS,
     Facts,
     Method,
     Metrics,
@@ -54,11 +55,7 @@ class DPO(Method):
     loss_fn: LossFn | None = None
     precomputes_reference: bool = False
     kind: ClassVar[Kind] = "preference"
-    metric_names: ClassVar[tuple[str, ...]] = (
-        *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-        *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
-        *("entropy", "mean_token_accuracy"),
-    )
+    metric_names: ClassVar[tuple[str, ...]] = PAIR_METRICS
 
     @cached_property
     def inputs(self) -> dict[str, bool]:

@@ -13,6 +13,7 @@ from fastpref.data.tokenize import Group
 from fastpref.losses.unpaired import UnpairedLoss, UnpairedType, bco_loss, kto_loss, mismatched_kl
 from fastpref.methods.base import (
     OUTPUTS,
+    PAIR_METRICS,
     Facts,
     Method,
     Metrics,
@@ -24,12 +25,6 @@ from fastpref.methods.base import (
 )
 from fastpref.methods.coupled import running_mean
 from fastpref.models.head import LogpModel
-
-METRICS = (
-    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-    *("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"),
-    *("entropy", "mean_token_accuracy"),
-)
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class KTO(Method):
 
     @property
     def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (*METRICS, *(["kl"] if self.mismatches else []))
+        return (*PAIR_METRICS, *(["kl"] if self.mismatches else []))
 
     @property
     def couples(self) -> bool:  # type: ignore[override]

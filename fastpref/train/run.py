@@ -36,20 +36,12 @@ from fastpref.report.page import write_report
 from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError
-from fastpref.train.config import (
-    Config,
-    ConfigError,
-    DPOConfig,
-    KTOConfig,
-    SFTConfig,
-    TrainConfig,
-    check_keys,
-    typed,
-)
+from fastpref.train.config import Config, ConfigError, SFTConfig, TrainConfig, check_keys, typed
 from fastpref.train.console import tell
 from fastpref.train.engine import TorchEngine
 from fastpref.train.guard import Stopped, only_writer
 from fastpref.train.loop import Trainer
+from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.reference import precompute
 from fastpref.train.schedule import eval_strategy
 from fastpref.train.trackers import trackers

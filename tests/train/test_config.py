@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from fastpref.cli import UsageError, normalise, parse
-from fastpref.train.config import ConfigError, DPOConfig, SFTConfig, check_keys
+from fastpref.train.config import ConfigError, SFTConfig, check_keys
+from fastpref.train.preference_config import DPOConfig
 
 # what a DPO recipe for TRL holds
 TRL_RECIPE = """

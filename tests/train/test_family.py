@@ -14,7 +14,8 @@ from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.models.head import LogpModel
 from fastpref.train.checkpoint import CheckpointError, path_of
-from fastpref.train.config import LOSS_OPTIONS, ConfigError, DPOConfig, KTOConfig, check_keys, typed
+from fastpref.train.config import LOSS_OPTIONS, ConfigError, check_keys, typed
+from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.run import dpo, kto, preference_method
 
 TIMES = ("tokens_per_second", "eval_runtime", "peak_memory_gib")

@@ -20,9 +20,9 @@ from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.models.head import LogpModel
 from fastpref.models.tiny import tiny_model
-from fastpref.train.config import DPOConfig, KTOConfig
 from fastpref.train.engine import TorchEngine
 from fastpref.train.forward import Forward
+from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.run import kto_method, preference_method
 
 UNPAIRED = ("kto", "bco", "apo_zero_unpaired")

@@ -13,7 +13,8 @@ import pytest
 
 from fastpref.cli import parse
 from fastpref.train import trackers as module
-from fastpref.train.config import TRACKERS, ConfigError, DPOConfig, check_keys, tracker_names
+from fastpref.train.config import TRACKERS, ConfigError, check_keys, tracker_names
+from fastpref.train.preference_config import DPOConfig
 from fastpref.train.run import dpo
 from fastpref.train.trackers import grouped, library, trackers
 
