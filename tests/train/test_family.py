@@ -12,11 +12,13 @@ from fastpref.cli import parse
 from fastpref.data.files import DataError
 from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
+from fastpref.methods.kto import KTO
+from fastpref.methods.ranking import Ranking
 from fastpref.models.head import LogpModel
 from fastpref.train.checkpoint import CheckpointError, path_of
 from fastpref.train.config import LOSS_OPTIONS, ConfigError, check_keys, typed
 from fastpref.train.preference_config import DPOConfig, KTOConfig
-from fastpref.train.run import dpo, kto, preference_method
+from fastpref.train.run import Reader, dpo, kto, kto_method, preference_method
 
 TIMES = ("tokens_per_second", "eval_runtime", "peak_memory_gib")
 
@@ -154,9 +156,6 @@ def test_numbers_of_rows_reach_the_loss(number, tmp_path, tokenizer, new_model, 
 
 def test_a_mismatched_completion_takes_nothing_from_its_row(tokenizer):
     """It is cut to the room that is left, and no row is dropped for it."""
-    from fastpref.methods.kto import KTO
-    from fastpref.train.run import Reader
-
     long = " very" * 40
     rows = [
         {"prompt": f"The {word} film was", "completion": completion, "label": True}
@@ -296,3 +295,79 @@ def test_the_help_names_every_loss_and_option(capsys):
         parse("dpo", DPOConfig, ["--help"])
     told = re.split(r"[\s,:;.]+", capsys.readouterr().out)
     assert {*LOSSES, *RANKING_LOSSES, *LOSS_OPTIONS} <= {*told}
+
+
+def test_what_a_method_is_told():
+    keys = {"loss_type": ["ipo", "sft"], "loss_weights": [0.7, 0.2], "ld_alpha": 0.5, "beta": 0.3}
+    keys |= {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7}
+    keys |= {"use_weighting": True, "loss_columns": ["weight"], "precompute_ref_log_probs": True}
+    method = preference_method(DPOConfig(**keys))
+    assert (method.loss_types, method.loss_weights) == (("ipo", "sft"), (0.7, 0.2))
+    assert (method.ld_alpha, method.beta, method.use_weighting) == (0.5, 0.3, True)
+    assert (method.f_divergence_type, method.f_alpha_divergence_coef) == ("alpha_divergence", 0.7)
+    assert method.columns == ("weight",) and method.precomputes_reference
+    assert preference_method(DPOConfig(label_smoothing=0.1)).label_smoothing == 0.1
+    told = kto_method(KTOConfig(beta=0.3, desirable_weight=1.2, undesirable_weight=0.8))
+    assert (told.beta, told.desirable_weight, told.undesirable_weight) == (0.3, 1.2, 0.8)
+    ranks = preference_method(DPOConfig(loss_type="all_pairs", beta=0.3))
+    assert (ranks.loss_type, ranks.beta) == ("all_pairs", 0.3)
+
+
+def means(metrics):
+    return {name: (total / count).item() for name, (total, count) in metrics.items() if count}
+
+
+def test_metrics_of_rankings_are_over_pairs():
+    logps, scores = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([3.0, 1.0, 1.0])
+    values = {"logps": logps, "ref_logps": torch.zeros(3), "scores": scores}
+    _, metrics = Ranking(beta=0.5).loss(values | {"groups": torch.tensor([0, 3])}, {})
+    assert means(metrics) == pytest.approx(  # of the first against each of the others
+        {
+            "rewards/chosen": 0.5,
+            "rewards/rejected": 1.25,
+            "rewards/margins": -0.75,
+            "rewards/accuracies": 0.0,
+            "logps/chosen": 1.0,
+            "logps/rejected": 2.5,
+        }
+    )
+
+
+def test_metrics_of_labels():
+    """Right is a reward on its label's side of the pivot, which is beta z."""
+    values = {"logps": torch.tensor([2.0, -1.0, 0.5]), "ref_logps": torch.zeros(3)}
+    values |= {"labels": torch.tensor([1.0, 0.0, 1.0])}
+    other = {"kl_logps": torch.tensor([1.0, 2.0, 0.0]), "kl_ref_logps": torch.zeros(3)}
+    method = KTO(beta=0.5)
+    metrics = means(method.loss(values | other, {})[1])
+    assert metrics == pytest.approx(
+        {
+            "rewards/chosen": 0.625,
+            "rewards/rejected": -0.5,
+            "rewards/accuracies": 2 / 3,
+            "logps/chosen": 1.25,
+            "logps/rejected": -1.0,
+            "kl": 1.0,
+        }
+    )
+    assert method.derived(metrics) == {"rewards/margins": 1.125}
+    assert means(KTO(beta=0.5, loss_type="bco").loss(values, {"delta": 0.3})[1])[
+        "rewards/accuracies"
+    ] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("learn", "changes"),
+    [
+        (dpo, {"ld_alpha": 0.5, "use_weighting": True, "loss_columns": ["margin"]}),
+        (dpo, {"f_divergence_type": "forward_kl", "loss_type": "robust"}),
+        (kto, {"desirable_weight": 1.5, "undesirable_weight": 0.5}),
+    ],
+)
+def test_a_changed_loss_is_another_run(learn, changes, tmp_path, tokenizer, new_model, pairs):
+    rows = [{**pair, "margin": 0.5} for pair in pairs]
+    config = options(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    learn(config, new_model(), rows, tokenizer=tokenizer)
+    for key, value in changes.items():
+        with pytest.raises(CheckpointError, match=f"{key} .*, now {re.escape(repr(value))}"):
+            learn(config | {"resume": "auto", key: value}, new_model(), rows, tokenizer=tokenizer)

@@ -285,6 +285,9 @@ def test_pairs_are_weighed_by_their_likelihood(new_model, tokenizer, pairs):
         own = logp.gather(1, ids[0, len(group.prompt) :, None])[:, 0]
         want *= (own - logp.mul(2).logsumexp(-1)).mean().exp().item()
     assert got.item() == pytest.approx(want, rel=1e-4) and not got.requires_grad
+    heavy = dataclasses.replace(group, extras={"weight": 3.0})
+    forward.method = dataclasses.replace(method, columns=("weight",))
+    assert forward.score([heavy]).values["weight"].item() == pytest.approx(3 * want, rel=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "slic", "sft", "unlikelihood"])
