@@ -1,9 +1,9 @@
 """Every preference loss as a run: 20 steps each from one fine-tuned model, on the same pairs.
 
 ``FASTPREF_DATA=DIR python -m bench.preference_runs --out DIR`` (without the data: made reviews)
-appends a row for each: the loss in training and on held-out pairs, the margin and accuracy of the
-run's own rewards there (equal rewards count as wrong), and how often a held-out pair is ranked
-rightly by log-probs per token, before and after, and by log-ratios to the fine-tuned model.
+appends a row for each: loss and margin over the rows that were trained on, before and after, and
+how often a held-out pair is ranked rightly: by log-probs per token, before and after, and by
+log-ratios to the fine-tuned model, which tell no pair apart before.
 Rankings are four models' solutions of a question, right ones above wrong ones, where the data are
 there. ``--table FILE`` prints rows as Markdown.
 """
@@ -12,7 +12,6 @@ import argparse
 import gzip
 import json
 import os
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -38,7 +37,13 @@ UNPAIRED = ("kto", "bco", "apo_zero_unpaired")
 STEPS, BATCH, HELD_OUT, TRAIN = 20, 16, 300, 1600
 # as papers and trainers have them where it is not 0.1
 BETAS = {"simpo": 2.0, "sigmoid_norm": 5.0, "alpha_dpo": 2.5, "nca_pair": 0.01, "sppo": 0.01}
-BETAS |= {"sppo_hard": 0.01, "discopop": 0.05, "aot": 0.01, "aot_unpaired": 0.01}
+BETAS |= {
+    "sppo_hard": 0.01,
+    "discopop": 0.05,
+    "aot": 0.01,
+    "aot_unpaired": 0.01,
+    "aot_global": 0.01,
+}
 # what a loss may need and the data do not hold: the same for every pair
 COLUMNS = {"margin": 0.5, "win_rate": 0.9}
 COMMON = {
@@ -77,14 +82,14 @@ def rankings():
     return rows
 
 
-def rows_for(name, train, held_out):
-    """Training and held-out rows that the loss can read."""
+def rows_for(name, train):
+    """As many rows as the steps take, with what the loss reads."""
     ranked = rankings() if name in RANKING_LOSSES else None
     if ranked is not None:
-        return ranked[HELD_OUT:], ranked[:HELD_OUT]
+        return ranked[: STEPS * BATCH]
     wanted = loss_inputs(name) if name in LOSSES else {}
     more = {key: value for key, value in COLUMNS.items() if not wanted.get(key, True)}
-    return [[{**row, **more} for row in rows] for rows in (train, held_out)]
+    return [{**row, **more} for row in train[: STEPS * BATCH]]
 
 
 @torch.no_grad()
@@ -109,7 +114,7 @@ def accuracies(model, start, tokenizer, rows):
 
 def train_with(name, start, folder, train, held_out):
     """The row of one loss."""
-    given = rows_for(name, train, held_out)
+    rows = rows_for(name, train)
     beta = BETAS.get(name, 0.1)
     config = {
         "output_dir": str(folder),
@@ -125,21 +130,17 @@ def train_with(name, start, folder, train, held_out):
     }
     learn = kto if name in UNPAIRED else dpo
     tokenizer = load_tokenizer(str(start))
-    result = learn(config, load_model(str(start)), *given, tokenizer=tokenizer)
+    result = learn(config, load_model(str(start)), rows, rows, tokenizer=tokenizer)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
     before, after = (line for line in lines if "eval_loss" in line)
     kept = {"loss": "eval_loss", "margin": "eval_rewards/margins"}
-    kept["accuracy"] = "eval_rewards/accuracies"
     return {
         "op": "preference_run",
         "loss_type": name,
         "beta": beta,
         "steps": STEPS,
         "batch": BATCH,
-        "held_out": len(given[1]),
-        "first_losses": statistics.mean(losses[:5]),
-        "last_losses": statistics.mean(losses[-5:]),
+        "held_out": len(held_out),
         **{f"{key}_before": before[metric] for key, metric in kept.items()},
         **{f"{key}_after": after[metric] for key, metric in kept.items()},
         **accuracies(result.model, start, tokenizer, held_out),
@@ -149,14 +150,12 @@ def train_with(name, start, folder, train, held_out):
 def markdown(rows):
     """The newest row of each loss."""
     newest = {row["loss_type"]: row for row in rows}
-    head = ("loss_type", "beta", "loss of the first 5 steps", "of the last 5", "held-out loss")
-    head += ("held-out margin", "accuracy", "of log-probs per token", "of log-ratios")
+    head = ("loss_type", "beta", "loss", "margin")
+    head += ("held-out accuracy of log-probs per token", "of log-ratios")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in newest.values():
         moves = (f"{row[f'{k}_before']:.4g} → {row[f'{k}_after']:.4g}" for k in ("loss", "margin"))
-        accuracy = f"{row['accuracy_before']:.3f} → {row['accuracy_after']:.3f}"
-        means = (f"{row[key]:.4g}" for key in ("first_losses", "last_losses"))
-        cells = (row["loss_type"], f"{row['beta']:g}", *means, *moves, accuracy)
+        cells = (row["loss_type"], f"{row['beta']:g}", *moves)
         logps = f"{row['logp_accuracy_before']:.3f} → {row['logp_accuracy_after']:.3f}"
         lines.append(f"| {' | '.join(cells)} | {logps} | {row['ratio_accuracy']:.3f} |")
     return "\n".join(lines)
