@@ -3,9 +3,13 @@
 And what else tests of kernels ask of results.
 """
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 def assert_no_worse(ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor]):
@@ -39,3 +43,21 @@ def least_workspace(fn, *args, **options) -> int:
     with pytest.raises(ValueError, match=r"need a workspace of \d+ bytes, got 1") as error:
         fn(*args, workspace=1, **options)
     return int(str(error.value).split(" bytes")[0].split()[-1])
+
+
+def memory_of(
+    step: Callable[[], object], left: int, before: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
+    """Peak and largest single allocation in bytes of a step that leaves ``left`` bytes."""
+    before()
+    step()
+    for _ in range(20):
+        before()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            kept = step()
+        events = prof.profiler.kineto_results.events()
+        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        del kept
+        if sizes and sum(sizes) == left:  # now and then the profiler loses some or all events
+            return max(itertools.accumulate(sizes)), max(sizes)
+    raise AssertionError(f"no profile balances: {sum(sizes)} bytes are left, not {left}")

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from compare import assert_no_worse, assert_same, least_workspace
+from compare import assert_no_worse, assert_same, least_workspace, memory_of
 from torch.library import opcheck
-from torch.profiler import ProfilerActivity, profile
 
 import fastpref.kernels.linear_kl as module
 from fastpref import linear_kl
@@ -276,20 +275,6 @@ def test_one_compiled_graph_serves_every_length(rows):
     assert counter.frame_count == 1
 
 
-def memory(step, left):
-    """Peak and largest single allocation in bytes of a step that leaves ``left`` bytes."""
-    step()
-    for _ in range(20):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            kept = step()
-        events = prof.profiler.kineto_results.events()
-        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
-        del kept
-        if sizes and sum(sizes) == left:  # now and then the profiler loses some or all events
-            return max(itertools.accumulate(sizes)), max(sizes)
-    raise AssertionError(f"no session balances: {sum(sizes)} bytes are left, not {left}")
-
-
 @pytest.mark.skipif(DEV == "cuda", reason="the profiler counts the allocations of the CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, WIDE], ids=str)
 @pytest.mark.parametrize("more", [0, 1_000_000], ids=["least", "more"])
@@ -311,7 +296,7 @@ def test_bytes_stay_within_the_workspace(dtype, more, case, monkeypatch):
         return torch.autograd.grad(linear_kl(**x, workspace=workspace, **options).sum(), leaves)
 
     left = sum(leaf.nbytes for leaf in leaves)
-    peak, largest = memory(step, left)
+    peak, largest = memory_of(step, left)
     logits = M * V * torch.promote_types(dtype, torch.float32).itemsize
     assert peak - left <= workspace < logits
     assert peak > 0.3 * (workspace - 70_000)  # the measure sees what is allocated

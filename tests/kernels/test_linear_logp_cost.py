@@ -1,11 +1,8 @@
 """The promises of linear_logp that are not numbers: products, bytes, roundings, nothing mutated."""
 
-import itertools
-
 import pytest
 import torch
-from compare import assert_same, least_workspace
-from torch.profiler import ProfilerActivity, profile
+from compare import assert_same, least_workspace, memory_of
 
 import fastpref.kernels.linear_logp_loops as loops
 from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
@@ -77,19 +74,17 @@ def test_ignored_rows_cost_nothing(passes):
 
 
 def memory(step, *leaves):
-    """Peak and largest single allocation in bytes of a step that leaves nothing but gradients."""
-    left = sum(x.nbytes for x in leaves if x.requires_grad)
-    step()
-    for _ in range(20):
+    """Of a step that leaves nothing but gradients."""
+
+    def fresh():
         for x in leaves:
             x.grad = None
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            step()
-        events = prof.profiler.kineto_results.events()
-        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
-        if sizes and sum(sizes) == left:  # now and then the profiler loses some or all events
-            return max(itertools.accumulate(sizes)), max(sizes)
-    raise AssertionError(f"no session balances: {sum(sizes)} bytes are left, not {left}")
+
+    def drop_result():
+        step()
+
+    left = sum(x.nbytes for x in leaves if x.requires_grad)
+    return memory_of(drop_result, left, before=fresh)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.1], ids=["recomputed", "half", "kept"])
