@@ -1,6 +1,7 @@
 """What a method is: a batch in, the sum of its losses and its metrics out; no rank, no I/O."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -43,7 +44,7 @@ class Scored(NamedTuple):
     """Of tokens: what the losses do not change."""
 
 
-class Method:
+class Method(ABC):
     """One way to learn, as the loop sees it."""
 
     kind: ClassVar[Kind]
@@ -93,17 +94,17 @@ class Method:
         """(B,) log-probs of the completions, from (M,) of their tokens, in nats."""
         return sequence_logp(logp, cu_seqlens=batch.completions)
 
+    @abstractmethod
     def score(self, model: LogpModel, batch: Batch, reference: LogpModel | None) -> Scored:
         """The forward, differentiable."""
-        raise NotImplementedError
 
     def observe(self, moving: Facts, values: Values) -> dict[str, Tensor]:
         """Statistics that move from step to step, after the values of one more; 0-d, fp64."""
         return {}
 
+    @abstractmethod
     def loss(self, values: Values, facts: Facts) -> tuple[Tensor, Metrics]:
         """The sum of the losses (0-d, differentiable in the values) and their metrics."""
-        raise NotImplementedError
 
     def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics that are made of others."""

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from runs import TIMES
 
 from fastpref.cli import parse
 from fastpref.data.files import DataError
@@ -19,8 +20,6 @@ from fastpref.train.checkpoint import CheckpointError, path_of
 from fastpref.train.config import LOSS_OPTIONS, ConfigError, check_keys, typed
 from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.run import Reader, dpo, kto, kto_method, preference_method
-
-TIMES = ("tokens_per_second", "eval_runtime", "peak_memory_gib")
 
 
 def options(folder, **more):

@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 import yaml
+from runs import TIMES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +19,6 @@ from fastpref.train.checkpoint import CheckpointError, TrainerState, checksum, t
 from fastpref.train.config import ConfigError
 from fastpref.train.guard import DivergedError
 from fastpref.train.run import dpo, sft
-
-TIMES = ("tokens_per_second", "eval_runtime", "peak_memory_gib")
 
 
 def options(folder, **more):
