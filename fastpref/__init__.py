@@ -5,12 +5,15 @@ The ops need torch alone; ``fastpref.sft``, ``dpo`` and ``kto`` train, and need 
 
 from typing import TYPE_CHECKING, Any
 
+from fastpref.kernels.gae import PPOAdvantages, gae, ppo_advantages, token_moments, whiten
 from fastpref.kernels.gather_rows import gather_rows
 from fastpref.kernels.linear_kl import linear_kl
 from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
 from fastpref.kernels.logp_from_logits import TokenStats, logp_from_logits, logp_stats_from_logits
+from fastpref.kernels.ppo_value import ValueLoss, explained_variance, ppo_value_loss
 from fastpref.logps import linear_sequence_logp, sequence_logp
 from fastpref.losses.pairs import PairLoss, dpo_loss
+from fastpref.losses.policy import PolicyLoss, ppo_policy_loss
 from fastpref.losses.ranking import RankingLoss, ranking_loss
 from fastpref.losses.unpaired import UnpairedLoss, bco_loss, kto_loss, mismatched_kl
 
@@ -21,12 +24,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "PPOAdvantages",
     "PairLoss",
+    "PolicyLoss",
     "RankingLoss",
     "TokenStats",
     "UnpairedLoss",
+    "ValueLoss",
     "bco_loss",
     "dpo_loss",
+    "explained_variance",
+    "gae",
     "gather_rows",
     "kto_loss",
     "linear_kl",
@@ -36,8 +44,13 @@ __all__ = [
     "logp_from_logits",
     "logp_stats_from_logits",
     "mismatched_kl",
+    "ppo_advantages",
+    "ppo_policy_loss",
+    "ppo_value_loss",
     "ranking_loss",
     "sequence_logp",
+    "token_moments",
+    "whiten",
 ]
 
 

@@ -8,23 +8,7 @@ from torch import Tensor
 from fastpref.kernels.gather_rows import sum_rows
 from fastpref.kernels.linear_logp import linear_logp
 from fastpref.kernels.logits import IGNORE_INDEX
-
-
-def _segments(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """(M,) int64 index of the segment that holds each token; B past the last."""
-    token = torch.arange(num_tokens, device=cu_seqlens.device)
-    return torch.bucketize(token, cu_seqlens.long(), right=True) - 1
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, *, name: str = "cu_seqlens") -> None:
-    if cu_seqlens.ndim != 1 or not len(cu_seqlens):
-        raise ValueError(f"need {name} (B+1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"need int32 or int64 {name}, got {cu_seqlens.dtype}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        if ends != sorted(ends) or ends[0] != 0 or ends[-1] != num_tokens:
-            raise ValueError(f"need {name} rising from 0 to {num_tokens}, got {ends}")
+from fastpref.kernels.sequences import check_cu_seqlens, segments
 
 
 def sequence_logp(
@@ -68,7 +52,7 @@ def sequence_logp(
         total, count = kept.sum(1), count.sum(1)
     else:
         check_cu_seqlens(cu_seqlens, len(logp))
-        index, B = _segments(cu_seqlens, len(logp)), len(cu_seqlens) - 1
+        index, B = segments(cu_seqlens, len(logp)), len(cu_seqlens) - 1
         total, count = (sum_rows(x, index, B + 1)[:B] for x in (kept, count))
     return (total / count.clamp(min=1) if mean else total).to(dtype)
 
@@ -85,7 +69,7 @@ def tail_weights(cu_seqlens: Tensor, num_tokens: int, alpha: float) -> Tensor:
     """
     lengths = cu_seqlens.diff()
     shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
-    index = _segments(cu_seqlens, num_tokens)
+    index = segments(cu_seqlens, num_tokens)
     place = torch.arange(num_tokens, device=cu_seqlens.device) - cu_seqlens[index]
     return torch.where(place < shorter[index], 1.0, alpha)
 
@@ -96,7 +80,7 @@ def _shift(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         target[..., :-1] = labels[..., 1:]
         return target
-    index = _segments(cu_seqlens, len(labels))
+    index = segments(cu_seqlens, len(labels))
     target[:-1] = torch.where(index[1:] == index[:-1], labels[1:], IGNORE_INDEX)
     return target
 

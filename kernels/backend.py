@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 import triton
 
-SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "logp_rows.cpp"
+FOLDER = Path(__file__).resolve().parent.parent / "csrc"
 _VECTORS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
 
 
-def choose(device_type: str, dtype: torch.dtype) -> str:
+def choose(device_type: str, dtype: torch.dtype, source: str = "logp_rows") -> str:
     """ "torch", "cpp" or "triton" for tensors of this device and dtype.
+
+    ``source`` names the file of csrc/ that holds the C++ of the one who asks.
 
     ValueError: FASTPREF_BACKEND names none, or one that has nothing for this device.
     """
@@ -42,15 +44,15 @@ def choose(device_type: str, dtype: torch.dtype) -> str:
         )
     if name == "triton" or (name is None and device_type == "cuda"):
         return "torch" if dtype == torch.float64 else "triton"
-    return "cpp" if device_type == "cpu" and _loaded(name) else "torch"
+    return "cpp" if device_type == "cpu" and _loaded(name, source) else "torch"
 
 
 @functools.cache
-def _loaded(name: str | None) -> bool:
+def _loaded(name: str | None, source: str) -> bool:
     if name == "torch":
         return False
     try:
-        torch.ops.load_library(compiled())
+        torch.ops.load_library(compiled(source))
     except (OSError, RuntimeError, ValueError) as error:
         if name == "cpp":
             raise RuntimeError(f"FASTPREF_BACKEND=cpp: {error}") from error
@@ -64,8 +66,8 @@ def _loaded(name: str | None) -> bool:
     return True
 
 
-def command(out: Path) -> list[str]:
-    """The compiler's call that writes ``out``; RuntimeError without a compiler."""
+def command(source: Path, out: Path) -> list[str]:
+    """The compiler's call that makes ``out`` of a source; RuntimeError without a compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise RuntimeError("need a C++ compiler (c++ or g++ on the path, or CXX), got none")
@@ -76,16 +78,17 @@ def command(out: Path) -> list[str]:
         flags = [*flags, f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
     return [
         *(*shlex.split(compiler), "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", *flags),
-        *(f"-I{torch_folder / 'include'}", str(SOURCE), "-o", str(out)),
+        *(f"-I{torch_folder / 'include'}", str(source), "-o", str(out)),
         *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
     ]
 
 
-def compiled() -> Path:
-    """The library, from the cache if it is there."""
+def compiled(source: str = "logp_rows") -> Path:
+    """The library of a file of csrc/, from the cache if it is there."""
+    file = FOLDER / f"{source}.cpp"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref"
-    key = "\n".join([SOURCE.read_text(), torch.__version__, *command(Path("logp_rows.so"))])
-    library = folder / f"logp_rows-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    key = "\n".join([file.read_text(), torch.__version__, *command(file, Path("library.so"))])
+    library = folder / f"{source}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # renamed when it is whole: two processes may compile at once, one may be killed
@@ -93,7 +96,7 @@ def compiled() -> Path:
             out = Path(partial) / library.name
             # in a session of its own: Ctrl-C is for the run, which saves
             done = subprocess.run(
-                command(out), capture_output=True, text=True, start_new_session=True
+                command(file, out), capture_output=True, text=True, start_new_session=True
             )
             if done.returncode:
                 error = done.stderr.strip()[-2000:]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastpref.logps import check_cu_seqlens
+from fastpref.kernels.sequences import check_cu_seqlens
 
 
 class RankingLoss(NamedTuple):

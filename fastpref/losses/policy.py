@@ -1,0 +1,219 @@
+"""ppo_policy_loss: the clipped loss of PPO and its kin by name."""
+
+import difflib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.kernels.gae import KL_ESTIMATORS
+from fastpref.kernels.ppo_policy import SUM_NAMES, policy_op
+from fastpref.kernels.sequences import (
+    aggregation,
+    as_flags,
+    check_constants,
+    check_reduction,
+    check_tokens,
+    num_sequences,
+    reduced,
+)
+
+
+class PolicyVariant(NamedTuple):
+    """A form of kernels/ppo_policy.py, and what a caller who says nothing gets."""
+
+    form: str = "clip"
+    by_sequence: bool = False
+    """Whether the ratio is that of a whole sequence, per token (its geometric mean)."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    loss_agg_mode: str = "token-mean"
+    temperature: float = 1.0
+    """What advantages are divided by, in the forms that do."""
+    source: str = ""
+
+
+POLICY_LOSSES = {
+    "ppo": PolicyVariant(source="Schulman et al. 2017, arXiv:1707.06347, eq. 7"),
+    "dapo": PolicyVariant(clip_high=0.28, source="arXiv:2503.14476, eq. 8"),
+    "grpo": PolicyVariant(
+        loss_agg_mode="seq-mean-token-mean", source="Shao et al. 2024, arXiv:2402.03300, eq. 3"
+    ),
+    "dr_grpo": PolicyVariant(
+        loss_agg_mode="seq-mean-token-sum-norm", source="Liu et al. 2025, arXiv:2503.20783"
+    ),
+    "gspo": PolicyVariant(
+        by_sequence=True,
+        clip_low=3e-4,
+        clip_high=4e-4,
+        loss_agg_mode="seq-mean-token-mean",
+        source="Zheng et al. 2025, arXiv:2507.18071, eq. 5",
+    ),
+    "cispo": PolicyVariant("cispo", source="MiniMax-M1 2025, arXiv:2506.13585, eq. 4"),
+    # its caller ends the epoch when metrics["ratio_deviation"] per token passes 0.25
+    "espo": PolicyVariant(
+        clip_low=math.inf, clip_high=math.inf, source="Sun et al. 2022, arXiv:2202.00079"
+    ),
+    "apa": PolicyVariant("apa", temperature=0.1, source="Zhu et al. 2023, arXiv:2306.02231"),
+    "awr": PolicyVariant("awr", temperature=2.0, source="Peng et al. 2019, arXiv:1910.00177"),
+}
+
+
+class PolicyLoss(NamedTuple):
+    """What :func:`ppo_policy_loss` returns; each 0-d, fp32 (fp64 if an input is)."""
+
+    loss: Tensor
+    """Differentiable in logp and entropy: a sum, with reduction="mean" over count."""
+    count: Tensor  # type: ignore[assignment] # a tuple's method of that name gives way
+    """What the sum is to be divided by, once, over all micro-batches and ranks: the tokens that
+    count, or the sequences, as loss_agg_mode says."""
+    metrics: dict[str, Tensor]
+    """Sums over tokens, with reduction="mean" means: ``ratio``, ``ratio_deviation`` |rho - 1|,
+    ``clipfrac_low``, ``clipfrac_high`` and ``clipfrac_dual`` (where a bound binds), ``ppo_kl``
+    (minus the log-ratio, verl's) and ``approx_kl`` (half its square, TRL's); of the inputs that
+    came ``kl`` (from the reference) and ``entropy``. Beside them the number of ``tokens``, and the
+    largest ratio, ``ratio_max``."""
+
+
+def _variant(loss_type: str) -> PolicyVariant:
+    if loss_type not in POLICY_LOSSES:
+        near = difflib.get_close_matches(str(loss_type), POLICY_LOSSES, n=1, cutoff=0.0)
+        known = ", ".join(POLICY_LOSSES)
+        raise ValueError(f"need loss_type in {known}; got {loss_type!r}, nearest {near[0]!r}")
+    return POLICY_LOSSES[loss_type]
+
+
+def _check_numbers(dual_clip: float | None, kl_estimator: str, **options: float) -> None:
+    for name, value in options.items():
+        if not value >= 0:
+            raise ValueError(f"need {name} >= 0, got {value}")
+        if not name.startswith("clip") and not math.isfinite(value):
+            raise ValueError(f"need a finite {name}, got {value}")
+    if not options["temperature"]:
+        raise ValueError("need temperature > 0, got 0")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"need dual_clip > 1, got {dual_clip}")
+    if kl_estimator not in (*KL_ESTIMATORS, "k3+"):
+        known = ", ".join((*KL_ESTIMATORS, "k3+"))
+        raise ValueError(f"need kl_estimator in {known}; got {kl_estimator!r}")
+
+
+def ppo_policy_loss(
+    *,
+    logp: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss_type: str = "ppo",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    temperature: float | None = None,
+    ref_logp: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    is_weight: Tensor | None = None,
+    loss_agg_mode: str | None = None,
+    max_length: float | None = None,
+    reduction: str = "sum",
+) -> PolicyLoss:
+    """Policy loss of tokens, its gradients and every statistic of them, in one read.
+
+    rho = exp(logp - old_logp), the log-ratio clamped to [-20, 20], past which no gradient flows.
+
+    Args:
+        logp: (B, T), or (T,) with ``cu_seqlens``: log-probs of the tokens, in nats; floating point,
+            differentiable.
+        advantages: like logp, or (B,) one a sequence (of packed tokens (T,) means one a token).
+        old_logp: like logp, under the policy at the start of the epochs; None: logp itself, the
+            ratio is 1.
+        mask: like logp, bool or integers 0 and 1: the tokens that count; others may hold anything.
+        cu_seqlens: (B+1,) int32 or int64 offsets of packed sequences, rising from 0 to T, which is
+            checked on the CPU only.
+        loss_type: a name of ``fastpref.losses.policy.POLICY_LOSSES``, which says what None means
+            below: ppo, dapo, grpo, dr_grpo and gspo are clipped (gspo by the ratio of the
+            sequence), espo is not; cispo weighs logp by the clipped ratio; apa regresses logp -
+            ref_logp on advantages / temperature; awr weighs logp by exp(advantages / temperature).
+        clip_low: the ratio is bounded below by 1 - clip_low; may be inf.
+        clip_high: and above by 1 + clip_high; may be inf.
+        dual_clip: c > 1: the loss is at most -c A where A < 0; None: without, as TRL; verl's is 3.
+        temperature: positive; of apa (lambda, 0.1) and awr (2).
+        ref_logp: like logp, under the reference.
+        kl_coef: of the KL from the reference in the loss.
+        kl_estimator: "k1", "k2", "k3", or "k3+": k3's value with k2's gradient, which is the KL's.
+        entropy: like logp, in nats; differentiable.
+        entropy_coef: what it is rewarded by.
+        is_weight: like logp: importance weights of the surrogate (not of KL or entropy), as
+            exp(old_logp - sampler_logp), truncated.
+        loss_agg_mode: "token-mean"; "seq-mean-token-sum" and "seq-mean-token-mean", over sequences
+            that have a token; "seq-mean-token-sum-norm": sums of tokens over max_length, a mean
+            over all sequences (verl's leaves out the latter).
+        max_length: of seq-mean-token-sum-norm; None: T of (B, T).
+        reduction: "sum", or "mean" to divide by this call's own count.
+
+    Returns:
+        PolicyLoss(loss, count, metrics). Without a token that counts all are 0.
+
+    Raises:
+        ValueError: a shape, device, range or name differs from the above, a constant needs a
+            gradient, or an input is lacking or idle.
+        TypeError: a dtype differs from the above.
+
+    Source: the table's; dual clip arXiv:1912.09729; k3+ and the aggregations' names verl.
+    """
+    variant = _variant(loss_type)
+    options = {
+        "clip_low": variant.clip_low if clip_low is None else clip_low,
+        "clip_high": variant.clip_high if clip_high is None else clip_high,
+        "temperature": variant.temperature if temperature is None else temperature,
+        "kl_coef": kl_coef,
+        "entropy_coef": entropy_coef,
+    }
+    _check_numbers(dual_clip, kl_estimator, **options)
+    check_reduction(reduction)
+    if ref_logp is None and (variant.form == "apa" or kl_coef):
+        what = loss_type if variant.form == "apa" else f"kl_coef {kl_coef}"
+        raise ValueError(f"need ref_logp for {what}, got None")
+    if entropy is None and entropy_coef:
+        raise ValueError(f"need entropy for entropy_coef {entropy_coef}, got None")
+    if dual_clip is not None and variant.form != "clip":
+        raise ValueError(f"loss_type {loss_type!r} has no dual_clip, got {dual_clip}")
+    if temperature is not None and variant.form not in ("apa", "awr"):
+        raise ValueError(f"loss_type {loss_type!r} has no temperature, got {temperature}")
+    tokens = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy}
+    constants = {"old_logp": old_logp, "ref_logp": ref_logp, "is_weight": is_weight}
+    tokens = {"logp": logp, "entropy": entropy, **constants}
+    constants["advantages"] = advantages
+    each = advantages.ndim == 1 and advantages.shape != logp.shape
+    sequences = {"advantages": advantages} if each else {}
+    dtype = check_tokens(tokens if each else tokens | constants, sequences, mask, cu_seqlens)
+    check_constants(**constants)
+    mode = variant.loss_agg_mode if loss_agg_mode is None else loss_agg_mode
+    how = aggregation(mode, max_length, logp)
+
+    def read(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(dtype).contiguous()
+
+    wanted = []
+    if torch.is_grad_enabled():
+        wanted += ["dlogp"] * logp.requires_grad
+        wanted += ["dentropy"] * (entropy is not None and entropy.requires_grad)
+    rows = [read(x) for x in (logp, advantages, old_logp, ref_logp, entropy, is_weight)]
+    numbers = [how.weight, options["clip_low"], options["clip_high"], dual_clip or math.inf]
+    numbers += [options["temperature"], kl_coef, entropy_coef]
+    spans = variant.by_sequence or how.by_sequence or each
+    loss, found, *_ = policy_op(
+        *(rows[0], rows[1], rows[2], as_flags(mask), cu_seqlens, *rows[3:]),
+        *(variant.form, variant.by_sequence, numbers, kl_estimator, how.mean),
+        *(spans, " ".join(wanted)),
+    )
+    _, *columns = found.unbind()
+    sums = dict(zip(SUM_NAMES[1:], columns, strict=False)) | {"ratio_max": columns[-1]}
+    for name, x in {"kl": ref_logp, "entropy": entropy}.items():
+        if x is None:
+            del sums[name]
+    return PolicyLoss(*reduced(loss, sums, how, num_sequences(logp, cu_seqlens), reduction))

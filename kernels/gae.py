@@ -1,0 +1,558 @@
+"""Generalised advantages: A_t = r_t - V_t + S_{t+1}, S_t = gamma (V_t + lambda A_t), returns A + V.
+
+B sequences of tokens, the rows of (B, T) or packed; a masked token carries S unchanged and gives 0.
+The reward r_t = reward_t - c k(logp_t - ref_t), plus the score at the last valid token, is made on
+the way, and so are the sums that whitening needs.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpref.kernels.backend import choose
+from fastpref.kernels.sequences import (
+    as_flags,
+    check_tokens,
+    constants,
+    fold,
+    kept,
+    kl_of,
+    new_partials,
+    num_sequences,
+    padded,
+    read,
+    span,
+)
+
+# of a log-ratio d = logp - ref_logp: d, d**2 / 2, exp(-d) - 1 + d
+KL_ESTIMATORS = ("k1", "k2", "k3")
+MAX_LOG_RATIO = 20.0  # an exponent stays below: exp(88.8) is no fp32
+_MAX_BLOCK = 4096  # tokens that a program holds in registers
+_PACKED_BLOCK = 1024  # where lengths are known to the device alone
+_SUM_NAMES = ("tokens", "advantages", "squares", "kl", "penalty", "sequences", "scores")
+
+
+# 1. reference
+def kl_estimate(d: Tensor, estimator: str) -> Tensor:
+    """The KL of one sampled token from its log-ratio d = logp - ref_logp, in nats.
+
+    Source: Schulman 2020, joschu.net/blog/kl-approx.html; k3 clamps d to [-20, 20], as verl does.
+    """
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d**2 / 2
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (-d).expm1() + d
+
+
+def gae_ref(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(B, T) each, bootstrap (B,): token by token from the end."""
+    advantages = torch.zeros_like(values)
+    next_value, advantage = bootstrap, torch.zeros_like(bootstrap)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+    return advantages, (advantages + values).where(mask, 0.0)
+
+
+def _in_torch(
+    rewards: Tensor | None,
+    values: Tensor | None,
+    logp: Tensor | None,
+    ref_logp: Tensor | None,
+    scores: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    kl_coef: float,
+    estimator: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = next(x for x in (rewards, logp) if x is not None)
+    keep = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
+    if cu_seqlens is not None:
+        place, there = padded(cu_seqlens, len(like))
+        keep = keep[place] & there if len(like) else there
+
+    def rows(x: Tensor | None) -> Tensor:
+        """(B, T) with 0 where nothing counts."""
+        if x is None or not x.numel():
+            return like.new_zeros(keep.shape)
+        return (x if cu_seqlens is None else x[place]).where(keep, 0.0)
+
+    reward, d = rows(rewards), rows(logp) - rows(ref_logp)
+    penalty = kl_coef * kl_estimate(d, estimator)
+    reward = reward - penalty
+    full = keep.any(1)
+    if scores is not None and keep.shape[1]:
+        last = keep.shape[1] - 1 - keep.flip(1).int().argmax(1)
+        reward[torch.arange(len(last), device=like.device), last] += scores.where(full, 0.0)
+    end = like.new_zeros(len(keep)) if bootstrap is None else bootstrap
+    found = gae_ref(reward, rows(values), keep, end, gamma, lam)
+    counted = torch.zeros_like(full, dtype=like.dtype) if scores is None else scores
+    parts = (keep, found[0], found[0] ** 2, d, penalty, full, counted.where(full, 0.0))
+    sums = torch.stack([x.sum(dtype=torch.float64) for x in parts])
+    if cu_seqlens is not None:
+        flat = [torch.zeros_like(like) for _ in found]
+        found = [
+            out.index_put((place[there],), x[there]) for out, x in zip(flat, found, strict=True)
+        ]
+    return found[0], found[1], sums
+
+
+# 2. kernels
+@triton.jit
+def _after(a_later, b_later, a, b):
+    # S = a S' + b of a token, after those that follow it
+    return a * a_later, a * b_later + b
+
+
+@triton.jit
+def _tokens(
+    rewards_ptr,
+    values_ptr,
+    logp_ptr,
+    ref_ptr,
+    t,
+    start,
+    end,
+    keep,
+    last,
+    score,
+    kl_coef,
+    KL: tl.constexpr,
+):
+    """Reward, value, log-ratio and penalty of tokens; 0 where they do not count."""
+    reward = tl.where(t == last, score, 0.0)
+    if rewards_ptr is not None:
+        reward += read(rewards_ptr, t, start, end, keep)
+    d = tl.zeros_like(reward)
+    penalty = d
+    if logp_ptr is not None:
+        d = read(logp_ptr, t, start, end, keep) - read(ref_ptr, t, start, end, keep)
+        estimate, _slope = kl_of(d, KL)
+        penalty = kl_coef * estimate
+        reward -= penalty
+    value = tl.zeros_like(reward)
+    if values_ptr is not None:
+        value = read(values_ptr, t, start, end, keep)
+    return reward, value, d, penalty
+
+
+@triton.jit
+def _gae(
+    rewards_ptr,
+    values_ptr,
+    logp_ptr,
+    ref_ptr,
+    scores_ptr,
+    mask_ptr,
+    cu_ptr,
+    bootstrap_ptr,
+    advantages_ptr,
+    returns_ptr,
+    partial_ptr,
+    width,
+    gamma,
+    decay,
+    kl_coef,
+    KL: tl.constexpr,
+    SHAPED: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program a sequence, from its last block to its first."""
+    b = tl.program_id(0)
+    start, end = span(b, cu_ptr, width)
+    lane = tl.arange(0, BLOCK_T)
+    blocks = tl.cdiv(end - start, BLOCK_T)
+    last = start - 1
+    score = tl.full((), 0.0, tl.float32)
+    if SHAPED:
+        for i in range(blocks):
+            t = start + i * BLOCK_T + lane
+            last = tl.maximum(last, tl.max(tl.where(kept(mask_ptr, t, start, end), t, start - 1)))
+        if scores_ptr is not None:
+            score = tl.load(scores_ptr + b, mask=last >= start, other=0.0)
+    state = tl.full((), 0.0, tl.float32)  # S of the token past the block
+    if bootstrap_ptr is not None:
+        state = gamma * tl.load(bootstrap_ptr + b)
+    tokens = tl.zeros((BLOCK_T,), tl.float32)
+    total = tokens
+    squares = tokens
+    kl = tokens
+    penalties = tokens
+    for i in range(blocks):
+        first = start + (blocks - 1 - i) * BLOCK_T
+        # each lane scans the token after its own, so that it ends with the S that its own needs
+        t = first + 1 + lane
+        keep = kept(mask_ptr, t, start, end)
+        reward, value, d, penalty = _tokens(
+            rewards_ptr,
+            values_ptr,
+            logp_ptr,
+            ref_ptr,
+            t,
+            start,
+            end,
+            keep,
+            last,
+            score,
+            kl_coef,
+            KL,
+        )
+        slope = tl.where(keep, decay, 1.0)
+        offset = gamma * value + decay * (reward - value)
+        slope, offset = tl.associative_scan((slope, offset), 0, _after, reverse=True)
+        later = slope * state + offset
+        state = tl.sum(tl.where(lane == 0, later, 0.0), 0)
+        t = first + lane
+        keep = kept(mask_ptr, t, start, end)
+        reward, value, d, penalty = _tokens(
+            rewards_ptr,
+            values_ptr,
+            logp_ptr,
+            ref_ptr,
+            t,
+            start,
+            end,
+            keep,
+            last,
+            score,
+            kl_coef,
+            KL,
+        )
+        advantage = tl.where(keep, reward - value + later, 0.0)
+        tl.store(advantages_ptr + t, advantage, mask=t < end)
+        tl.store(returns_ptr + t, advantage + value, mask=t < end)
+        if SHAPED:
+            tokens += tl.where(keep, 1.0, 0.0)
+            total += advantage
+            squares += advantage * advantage
+            kl += d
+            penalties += penalty
+    if SHAPED:
+        out = partial_ptr + b * SUMS
+        tl.store(out, tl.sum(tokens, 0))
+        tl.store(out + 1, tl.sum(total, 0))
+        tl.store(out + 2, tl.sum(squares, 0))
+        tl.store(out + 3, tl.sum(kl, 0))
+        tl.store(out + 4, tl.sum(penalties, 0))
+        tl.store(out + 5, tl.where(last >= start, 1.0, 0.0))
+        tl.store(out + 6, score)
+        rest = tl.arange(0, SUMS)
+        tl.store(out + rest, 0.0, mask=rest > 6)
+
+
+def _in_triton(
+    rewards: Tensor | None,
+    values: Tensor | None,
+    logp: Tensor | None,
+    ref_logp: Tensor | None,
+    scores: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    kl_coef: float,
+    estimator: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = next(x for x in (rewards, logp) if x is not None)
+    advantages, returns = torch.empty_like(like), torch.empty_like(like)
+    B = num_sequences(like, cu_seqlens)
+    partials = new_partials(like, B)
+    shaped = logp is not None
+    if B:
+        width = like.shape[1] if cu_seqlens is None else _PACKED_BLOCK
+        block = min(max(triton.next_power_of_2(width), 128), _MAX_BLOCK)
+        _gae[(B,)](
+            *(rewards, values, logp, ref_logp, scores, mask, cu_seqlens, bootstrap),
+            *(advantages, returns, partials if shaped else None),
+            width,
+            gamma,
+            gamma * lam,
+            kl_coef,
+            KL=estimator,
+            SHAPED=shaped,
+            SUMS=partials.shape[1],
+            BLOCK_T=block,
+            num_warps=max(1, min(8, block // 512)),
+        )
+    sums = fold(partials)[1] if shaped else partials.new_zeros(len(_SUM_NAMES))
+    return advantages, returns, sums[: len(_SUM_NAMES)].double()
+
+
+# 3. ops
+@torch.library.custom_op("fastpref::gae", mutates_args=())
+def _op(
+    rewards: Tensor | None,
+    values: Tensor | None,
+    logp: Tensor | None,
+    ref_logp: Tensor | None,
+    scores: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    kl_coef: float,
+    estimator: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = next(x for x in (rewards, logp) if x is not None)
+    args = (rewards, values, logp, ref_logp, scores, mask, cu_seqlens, bootstrap)
+    options = (gamma, lam, kl_coef, estimator)
+    backend = choose(like.device.type, like.dtype, "ppo")
+    if backend == "cpp":
+        out = (torch.empty_like(like), torch.empty_like(like))
+        sums = like.new_empty(len(_SUM_NAMES), dtype=torch.float64)
+        torch.ops.fastpref_ppo.gae(*args, *options, *out, sums)
+        return *out, sums
+    return (_in_triton if backend == "triton" else _in_torch)(*args, *options)
+
+
+@_op.register_fake
+def _(rewards, values, logp, *args):  # type: ignore[no-untyped-def]
+    like = logp if rewards is None else rewards
+    sums = like.new_empty(len(_SUM_NAMES), dtype=torch.float64)
+    return torch.empty_like(like), torch.empty_like(like), sums
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["moments_ptr"])
+def _whiten(x_ptr, mask_ptr, moments_ptr, out_ptr, N, eps, BESSEL, BLOCK_T: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tl.load(moments_ptr)
+    mean = tl.load(moments_ptr + 1) / tl.maximum(n, 1.0)
+    around = tl.maximum(tl.load(moments_ptr + 2) - n * mean * mean, 0.0)
+    variance = (around / tl.maximum(n - BESSEL, 1.0)).to(tl.float32)
+    scale = 1 / tl.sqrt(variance + eps)
+    keep = kept(mask_ptr, t, 0, N)
+    x = read(x_ptr, t, 0, N, keep)
+    tl.store(out_ptr + t, tl.where(keep, (x - mean.to(tl.float32)) * scale, 0.0), mask=t < N)
+
+
+def _whiten_in_torch(
+    x: Tensor, mask: Tensor | None, moments: Tensor, unbiased: bool, eps: float
+) -> Tensor:
+    n, total, squares = moments
+    mean = total / n.clamp(min=1)
+    variance = (squares - n * mean**2).clamp(min=0) / (n - float(unbiased)).clamp(min=1)
+    out = ((x - mean) / (variance + eps).sqrt()).to(x.dtype)
+    return out if mask is None else out.where(mask, 0.0)
+
+
+@torch.library.custom_op("fastpref::whiten", mutates_args=())
+def _whiten_op(
+    x: Tensor, mask: Tensor | None, moments: Tensor, unbiased: bool, eps: float
+) -> Tensor:
+    backend = choose(x.device.type, x.dtype, "ppo")
+    if backend == "torch":
+        return _whiten_in_torch(x, mask, moments, unbiased, eps)
+    out = torch.empty_like(x)
+    if backend == "cpp":
+        torch.ops.fastpref_ppo.whiten(x, mask, moments, unbiased, eps, out)
+    elif x.numel():
+        grid = (triton.cdiv(x.numel(), 1024),)
+        args = (x, mask, moments, out, x.numel(), eps, float(unbiased))
+        _whiten[grid](*args, BLOCK_T=1024, num_warps=4)
+    return out
+
+
+@_whiten_op.register_fake
+def _(x, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+# 4. public
+class PPOAdvantages(NamedTuple):
+    """What :func:`ppo_advantages` returns."""
+
+    advantages: Tensor
+    """Like values, not whitened."""
+    returns: Tensor
+    """Like values: advantages + values."""
+    moments: Tensor
+    """(3,) fp64 count, sum and sum of squares of the advantages: all-reduce them, then whiten."""
+    metrics: dict[str, Tensor]
+    """0-d fp64 sums over the batch: ``tokens`` and ``sequences`` that count; ``kl`` (the log-ratios
+    in nats), ``non_score_reward`` (what was taken off), ``scores`` and ``rlhf_reward`` (both
+    together)."""
+
+
+def _check_range(**options: float) -> None:
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"need {name} in [0, 1], got {value}")
+
+
+def gae(
+    *,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns; constants, through which no gradient flows.
+
+    Args:
+        rewards: (B, T), or (T,) with ``cu_seqlens``; floating point.
+        values: like rewards: the value before each token.
+        mask: like rewards, bool or integers 0 and 1: the tokens that count. The recursion passes
+            over the others, wherever they are, and they may hold anything.
+        cu_seqlens: (B+1,) int32 or int64 offsets of packed sequences, rising from 0 to T, which is
+            checked on the CPU only.
+        gamma: discount, in [0, 1].
+        lam: lambda, in [0, 1].
+        bootstrap: (B,) the value after each sequence's last token; None: 0, they have ended.
+
+    Returns:
+        (advantages, returns = advantages + values), like rewards, fp32 (fp64 if an input is);
+        exactly 0 where masked.
+
+    Raises:
+        ValueError: a shape, device or range differs from the above.
+        TypeError: a dtype differs from the above.
+
+    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+    """
+    tokens = {"rewards": rewards, "values": values}
+    dtype = check_tokens(tokens, {"bootstrap": bootstrap}, mask, cu_seqlens)
+    _check_range(gamma=gamma, lam=lam)
+    rewards, values, bootstrap = constants(dtype, rewards, values, bootstrap)
+    rows = (rewards, values, None, None, None, as_flags(mask), cu_seqlens, bootstrap)
+    advantages, returns, _ = _op(*rows, gamma, lam, 0.0, "k1")
+    return advantages, returns
+
+
+def ppo_advantages(
+    *,
+    scores: Tensor | None,
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor | None,
+    rewards: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    kl_coef: float = 0.05,
+    kl_estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> PPOAdvantages:
+    """Advantages of KL-shaped rewards: r_t = rewards_t - kl_coef * k(logp_t - ref_logp_t) + score.
+
+    The score arrives at the last token that counts. One pass makes rewards, advantages, returns,
+    metrics and the moments of :func:`whiten`; no gradient flows through any of them.
+
+    Args:
+        scores: (B,) reward of each whole completion; None: 0. That of a sequence without a token
+            that counts is left out.
+        logp: (B, T), or (T,) with ``cu_seqlens``: log-probs of the tokens under the policy that
+            sampled them, in nats; floating point.
+        ref_logp: like logp, under the reference.
+        values: like logp: the value before each token; None: 0, and lam is 1, which makes the
+            advantages REINFORCE++'s returns-to-go.
+        rewards: like logp: further rewards of single tokens, as those of
+            :func:`fastpref.token_rewards`; None: 0.
+        mask: like logp, bool or integers 0 and 1: the tokens that count.
+        cu_seqlens: (B+1,) int32 or int64 offsets of packed sequences.
+        bootstrap: (B,) the value after the last token of sequences that were cut; None: 0.
+        kl_coef: not negative.
+        kl_estimator: "k1", "k2" or "k3".
+        gamma: discount, in [0, 1].
+        lam: lambda, in [0, 1].
+
+    Returns:
+        PPOAdvantages; advantages and returns in fp32 (fp64 if an input is), exactly 0 where masked.
+
+    Raises:
+        ValueError: a shape, device, range or name differs from the above.
+        TypeError: a dtype differs from the above.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2; REINFORCE++, arXiv:2501.03262.
+    """
+    tokens = {"logp": logp, "ref_logp": ref_logp, "values": values, "rewards": rewards}
+    sequences = {"scores": scores, "bootstrap": bootstrap}
+    dtype = check_tokens(tokens, sequences, mask, cu_seqlens)
+    _check_range(gamma=gamma, lam=lam)
+    if not 0 <= kl_coef < float("inf"):
+        raise ValueError(f"need kl_coef >= 0, got {kl_coef}")
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"need kl_estimator in {', '.join(KL_ESTIMATORS)}; got {kl_estimator!r}")
+    lam = 1.0 if values is None else lam
+    *inputs, end = constants(dtype, rewards, values, logp, ref_logp, scores, bootstrap)
+    rows = (*inputs, as_flags(mask), cu_seqlens, end)
+    advantages, returns, sums = _op(*rows, gamma, lam, kl_coef, kl_estimator)
+    named = dict(zip(_SUM_NAMES, sums.unbind(), strict=True))
+    metrics = {name: named[name] for name in ("tokens", "sequences", "kl", "scores")}
+    metrics["non_score_reward"] = -named["penalty"]
+    metrics["rlhf_reward"] = named["scores"] - named["penalty"]
+    return PPOAdvantages(advantages, returns, sums[:3], metrics)
+
+
+def token_moments(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """(3,) fp64 count, sum and sum of squares of the tokens that count, for :func:`whiten`.
+
+    Args:
+        x: any shape; floating point.
+        mask: like x, bool or integers 0 and 1; None: all count.
+    """
+    check_tokens({"x": x.reshape(1, -1)}, {}, None if mask is None else mask.reshape(1, -1), None)
+    x = x.detach().double()
+    keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+    x = x.where(keep, 0.0)
+    return torch.stack([keep.sum().double(), x.sum(), (x**2).sum()])
+
+
+def whiten(
+    advantages: Tensor,
+    moments: Tensor,
+    *,
+    mask: Tensor | None = None,
+    unbiased: bool = False,
+    eps: float = 1e-8,
+) -> Tensor:
+    """(A - mean) / sqrt(variance + eps), by moments of the whole batch; no gradient flows through.
+
+    Args:
+        advantages: any shape; floating point.
+        moments: (3,) fp64 count, sum and sum of squares, as :func:`ppo_advantages` or
+            :func:`token_moments` give them; over several ranks their sum
+            (``torch.distributed.all_reduce(moments)``).
+        mask: like advantages, bool or integers 0 and 1: the tokens that count.
+        unbiased: Bessel's variance, as TRL and verl have it, over n - 1; else over n, as OpenRLHF.
+        eps: not negative.
+
+    Returns:
+        Like advantages, fp32 (fp64 for fp64); exactly 0 where masked, and where a single token
+        counts.
+
+    Raises:
+        ValueError: a shape, device or range differs from the above.
+        TypeError: a dtype differs from the above.
+    """
+    flat = None if mask is None else mask.reshape(1, -1)
+    dtype = check_tokens({"advantages": advantages.reshape(1, -1)}, {}, flat, None)
+    if mask is not None and mask.shape != advantages.shape:
+        got = f"{tuple(mask.shape)} and {tuple(advantages.shape)}"
+        raise ValueError(f"need mask of the shape of advantages, got {got}")
+    if moments.shape != (3,) or moments.dtype != torch.float64:
+        raise ValueError(f"need moments (3,) fp64, got {tuple(moments.shape)} {moments.dtype}")
+    if moments.device != advantages.device:
+        raise ValueError(f"need moments on {advantages.device}, got {moments.device}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"need eps >= 0, got {eps}")
+    (x,) = constants(dtype, advantages)
+    return _whiten_op(x, as_flags(mask), moments, unbiased, eps)

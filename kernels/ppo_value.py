@@ -1,0 +1,325 @@
+"""Clipped value loss: max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2 of each token.
+
+Value, gradient and every statistic in one read of the inputs.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpref.kernels.backend import choose
+from fastpref.kernels.gather_rows import gather_rows, sum_rows
+from fastpref.kernels.sequences import (
+    BLOCK,
+    SUMS,
+    WORD,
+    aggregation,
+    as_flags,
+    check_constants,
+    check_reduction,
+    check_tokens,
+    fold,
+    kept,
+    new_partials,
+    num_sequences,
+    programs_for,
+    reach,
+    read,
+    reduced,
+    sequence_of,
+)
+
+# what a pass sums over tokens; error is R - V
+_SUM_NAMES = (
+    *("loss", "tokens", "sequences", "clipfrac", "values", "returns", "returns_squared"),
+    *("error", "error_squared"),
+)
+
+
+# 1. reference
+def value_loss_ref(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, clip: float
+) -> Tensor:
+    """Of each token, differentiable in values."""
+    plain = (values - returns) ** 2
+    if old_values is None:
+        return plain / 2
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum(plain, (near - returns) ** 2) / 2
+
+
+# 2. in torch
+def _in_torch(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    clip: float,
+    weight: float,
+    mean: bool,
+    spans: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    keep = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    V, R = values.where(keep, 0.0), returns.where(keep, 0.0)
+    near = V
+    if old_values is not None:
+        old = old_values.where(keep, 0.0)
+        near = old + (V - old).clamp(-clip, clip)
+    binds = (near - R) ** 2 > (V - R) ** 2
+    place, B = sequence_of(values, cu_seqlens), num_sequences(values, cu_seqlens)
+    count = sum_rows(keep.flatten().to(V.dtype), place, B + 1)[:B]
+    each = keep * weight
+    if mean:
+        each = each / gather_rows(count.clamp(min=1), place).view_as(V)
+    loss = torch.where(binds, near - R, V - R) ** 2 / 2
+    counted = (binds & keep, V, R, R**2, R - V, (R - V) ** 2)
+    sums = [(each * loss).sum(), keep.sum(), (count > 0).sum(), *(x.sum() for x in counted)]
+    out = values.new_zeros(SUMS)
+    out[: len(sums)] = torch.stack([x.to(V.dtype) for x in sums])
+    slope = (each * (V - R)).masked_fill(binds, 0.0) if gradient else values.new_empty(0)
+    return out[0].clone(), out, slope
+
+
+# 3. kernel
+@triton.jit
+def _value(
+    values_ptr,
+    old_ptr,
+    returns_ptr,
+    mask_ptr,
+    cu_ptr,
+    dvalues_ptr,
+    partial_ptr,
+    N,
+    width,
+    clip,
+    weight,
+    MEAN: tl.constexpr,
+    SPANS: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program a sequence (SPANS), or each some blocks of all tokens."""
+    WORDS: tl.constexpr = BLOCK_T // WORD
+    lanes = tl.arange(0, WORDS)[:, None] * WORD + tl.arange(0, WORD)[None, :]
+    start, end, first, step = reach(cu_ptr, width, N, SPANS, BLOCK_T)
+    none = tl.zeros((WORDS,), tl.float32)
+    tokens = none
+    per_token = weight
+    if MEAN:
+        for e in range(first, end, step):
+            tokens += tl.sum(tl.where(kept(mask_ptr, e + lanes, start, end), 1.0, 0.0), 1)
+        per_token = weight / tl.maximum(tl.sum(tokens, 0), 1.0)
+        tokens = none
+    losses = none
+    clipped = none
+    value_sum = none
+    return_sum = none
+    return_squares = none
+    errors = none
+    error_squares = none
+    for e in range(first, end, step):
+        t = e + lanes
+        keep = kept(mask_ptr, t, start, end)
+        value = read(values_ptr, t, start, end, keep)
+        target = read(returns_ptr, t, start, end, keep)
+        error = target - value
+        near = value
+        if old_ptr is not None:
+            old = read(old_ptr, t, start, end, keep)
+            near = old + tl.minimum(tl.maximum(value - old, -clip), clip)
+        miss = target - near
+        binds = miss * miss > error * error
+        losses += tl.sum(0.5 * tl.maximum(miss * miss, error * error), 1)
+        if dvalues_ptr is not None:
+            tl.store(dvalues_ptr + t, tl.where(binds, 0.0, -per_token * error), mask=t < end)
+        tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
+        clipped += tl.sum(tl.where(binds, 1.0, 0.0), 1)
+        value_sum += tl.sum(value, 1)
+        return_sum += tl.sum(target, 1)
+        return_squares += tl.sum(target * target, 1)
+        errors += tl.sum(error, 1)
+        error_squares += tl.sum(error * error, 1)
+    out = partial_ptr + tl.program_id(0) * SUMS
+    count = tl.sum(tokens, 0)
+    tl.store(out, per_token * tl.sum(losses, 0))
+    tl.store(out + 1, count)
+    tl.store(out + 2, tl.where(count > 0, 1.0, 0.0))
+    tl.store(out + 3, tl.sum(clipped, 0))
+    tl.store(out + 4, tl.sum(value_sum, 0))
+    tl.store(out + 5, tl.sum(return_sum, 0))
+    tl.store(out + 6, tl.sum(return_squares, 0))
+    tl.store(out + 7, tl.sum(errors, 0))
+    tl.store(out + 8, tl.sum(error_squares, 0))
+    rest = tl.arange(0, SUMS)
+    tl.store(out + rest, 0.0, mask=rest > 8)
+
+
+def _in_triton(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    clip: float,
+    weight: float,
+    mean: bool,
+    spans: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    programs = programs_for(values, cu_seqlens, spans)
+    dvalues = torch.empty_like(values) if gradient else None
+    partials = new_partials(values, programs)
+    if programs:
+        _value[(programs,)](
+            *(values, old_values, returns, mask, cu_seqlens, dvalues, partials),
+            *(values.numel(), values.shape[-1], clip, weight),
+            MEAN=mean,
+            SPANS=spans,
+            SUMS=SUMS,
+            BLOCK_T=BLOCK,
+            num_warps=4,
+        )
+    return *fold(partials), values.new_empty(0) if dvalues is None else dvalues
+
+
+# 4. ops; spans: a pass over each sequence
+@torch.library.custom_op("fastpref::ppo_value", mutates_args=())
+def _op(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    clip: float,
+    weight: float,
+    mean: bool,
+    spans: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (values, old_values, returns, mask, cu_seqlens, clip, weight, mean, spans)
+    backend = choose(values.device.type, values.dtype, "ppo")
+    if backend != "cpp":
+        return (_in_triton if backend == "triton" else _in_torch)(*args, gradient)
+    dvalues = torch.empty_like(values) if gradient else None
+    sums = values.new_zeros(SUMS)
+    torch.ops.fastpref_ppo.value(*args, dvalues, sums)
+    return sums[0].clone(), sums, values.new_empty(0) if dvalues is None else dvalues
+
+
+@_op.register_fake
+def _(values, *args):  # type: ignore[no-untyped-def]
+    dvalues = torch.empty_like(values) if args[-1] else values.new_empty(0)
+    return values.new_empty(()), values.new_empty(SUMS), dvalues
+
+
+# 5. autograd
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    (dvalues,) = ctx.saved_tensors
+    return None if dloss is None else dloss * dvalues, *[None] * 9
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+# 6. public
+class ValueLoss(NamedTuple):
+    """What :func:`ppo_value_loss` returns; each 0-d, fp32 (fp64 if an input is)."""
+
+    loss: Tensor
+    """Differentiable in values: a sum, with reduction="mean" over count."""
+    count: Tensor
+    """What the sum is to be divided by, once, over all micro-batches and ranks."""
+    metrics: dict[str, Tensor]
+    """Sums over tokens, with reduction="mean" means: ``clipfrac`` (where the bound binds),
+    ``values``, ``returns``, ``returns_squared``, ``error`` R - V and ``error_squared``. Beside them
+    the number of ``tokens``, and with the means ``explained_variance``, which of several calls is
+    :func:`explained_variance` of their sums together."""
+
+
+def explained_variance(sums: dict[str, Tensor]) -> Tensor:
+    """1 - var(R - V) / var(R), from the summed metrics of :func:`ppo_value_loss`; 0 where the
+    returns do not vary."""
+    n = sums["tokens"].double().clamp(min=1)
+
+    def variance(name: str) -> Tensor:
+        return (sums[f"{name}_squared"].double() / n - (sums[name].double() / n) ** 2).clamp(min=0)
+
+    of_returns = variance("returns")
+    found = 1 - variance("error") / of_returns
+    return torch.where(of_returns > 0, found, 0.0).to(sums["error"].dtype)
+
+
+def ppo_value_loss(
+    *,
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: float | None = 0.2,
+    loss_agg_mode: str = "token-mean",
+    max_length: float | None = None,
+    reduction: str = "sum",
+) -> ValueLoss:
+    """Clipped value loss of tokens, its gradient and every statistic of them, in one read.
+
+    Args:
+        values: (B, T), or (T,) with ``cu_seqlens``: the value before each token; floating point,
+            differentiable.
+        returns: like values, what they should be.
+        old_values: like values, at the start of the epochs.
+        mask: like values, bool or integers 0 and 1: the tokens that count; others may hold
+            anything.
+        cu_seqlens: (B+1,) int32 or int64 offsets of packed sequences, rising from 0 to T, which is
+            checked on the CPU only.
+        clip: positive: how far values may move from old_values; None, without old_values: not
+            clipped.
+        loss_agg_mode: as in :func:`fastpref.ppo_policy_loss`, like max_length and reduction.
+        max_length: of seq-mean-token-sum-norm; None: T of (B, T).
+        reduction: "sum", or "mean" to divide by this call's own count.
+
+    Returns:
+        ValueLoss(loss, count, metrics). Without a token that counts all are 0.
+
+    Raises:
+        ValueError: a shape, device, range or name differs from the above, or a constant needs a
+            gradient.
+        TypeError: a dtype differs from the above.
+
+    Source: Ouyang et al. 2022, arXiv:2203.02155; the clip Schulman's baselines, as TRL has it.
+    """
+    tokens = {"values": values, "returns": returns, "old_values": old_values}
+    dtype = check_tokens(tokens, {}, mask, cu_seqlens)
+    check_constants(returns=returns, old_values=old_values)
+    if (clip is None) != (old_values is None):
+        got = f"clip {clip} and old_values {'None' if old_values is None else 'given'}"
+        raise ValueError(f"need old_values and clip, or clip=None and no old_values, got {got}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"need clip > 0, got {clip}")
+    check_reduction(reduction)
+    how = aggregation(loss_agg_mode, max_length, values)
+    rows = [None if x is None else x.to(dtype).contiguous() for x in tokens.values()]
+    gradient = torch.is_grad_enabled() and values.requires_grad
+    loss, found, _ = _op(
+        *(rows[0], rows[2], rows[1], as_flags(mask), cu_seqlens, clip or 0.0),
+        *(how.weight, how.mean, how.by_sequence, gradient),
+    )
+    _, *columns = found.unbind()
+    sums = dict(zip(_SUM_NAMES[1:], columns, strict=False))
+    B = num_sequences(values, cu_seqlens)
+    loss, count, metrics = reduced(loss, sums, how, B, reduction)
+    if reduction == "mean":
+        metrics["explained_variance"] = explained_variance(sums)
+    return ValueLoss(loss, count, metrics)
