@@ -12,9 +12,11 @@ from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
 from fastpref.kernels.logp_from_logits import TokenStats, logp_from_logits, logp_stats_from_logits
 from fastpref.kernels.ppo_value import ValueLoss, explained_variance, ppo_value_loss
 from fastpref.logps import linear_sequence_logp, sequence_logp
+from fastpref.losses.advantage import adaptive_kl_coef, group_advantages, token_rewards
 from fastpref.losses.pairs import PairLoss, dpo_loss
 from fastpref.losses.policy import PolicyLoss, ppo_policy_loss
 from fastpref.losses.ranking import RankingLoss, ranking_loss
+from fastpref.losses.reward import RewardLoss, reward_loss
 from fastpref.losses.unpaired import UnpairedLoss, bco_loss, kto_loss, mismatched_kl
 
 if TYPE_CHECKING:
@@ -28,14 +30,17 @@ __all__ = [
     "PairLoss",
     "PolicyLoss",
     "RankingLoss",
+    "RewardLoss",
     "TokenStats",
     "UnpairedLoss",
     "ValueLoss",
+    "adaptive_kl_coef",
     "bco_loss",
     "dpo_loss",
     "explained_variance",
     "gae",
     "gather_rows",
+    "group_advantages",
     "kto_loss",
     "linear_kl",
     "linear_logp",
@@ -48,8 +53,10 @@ __all__ = [
     "ppo_policy_loss",
     "ppo_value_loss",
     "ranking_loss",
+    "reward_loss",
     "sequence_logp",
     "token_moments",
+    "token_rewards",
     "whiten",
 ]
 

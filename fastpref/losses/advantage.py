@@ -4,13 +4,12 @@ group, log-ratios as rewards of tokens, and the coefficient of the KL penalty.
 
 import math
 from collections.abc import Callable
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from fastpref.kernels.gather_rows import sum_rows
-from fastpref.logps import check_cu_seqlens
+from fastpref.kernels.sequences import check_cu_seqlens, segments
 
 _MOST_KL_ERROR = 0.2
 
@@ -69,8 +68,7 @@ def group_advantages(scores: Tensor, groups: Tensor, *, estimator: str = "grpo")
     if on_cpu and not scores.isfinite().all():
         raise ValueError(f"need finite scores, got {scores.tolist()}")
     wide, starts = scores.detach().double(), groups.long()
-    at = torch.arange(len(scores), device=scores.device)
-    index = torch.bucketize(at, starts, right=True) - 1
+    index = segments(groups, len(scores))
 
     def group_sum(x: Tensor) -> Tensor:
         return sum_rows(x, index, len(groups))[index]
@@ -119,46 +117,21 @@ def token_rewards(
     return rewards if clip is None else rewards.clamp(-clip, clip)
 
 
-@overload
 def adaptive_kl_coef(
     coef: float, kl: float, *, target: float = 6.0, num_samples: int, horizon: float = 10_000
-) -> float: ...
-@overload
-def adaptive_kl_coef(
-    coef: Tensor,
-    kl: Tensor | float,
-    *,
-    target: float = 6.0,
-    num_samples: int,
-    horizon: float = 10_000,
-) -> Tensor: ...
-@overload
-def adaptive_kl_coef(
-    coef: float, kl: Tensor, *, target: float = 6.0, num_samples: int, horizon: float = 10_000
-) -> Tensor: ...
-def adaptive_kl_coef(
-    coef: Tensor | float,
-    kl: Tensor | float,
-    *,
-    target: float = 6.0,
-    num_samples: int,
-    horizon: float = 10_000,
-) -> Tensor | float:
+) -> float:
     """The next coefficient of the KL penalty: coef * (1 + clip(kl / target - 1, +-0.2) * n / h).
 
     Args:
-        coef: the present one; a number, or 0-d to stay on the device.
-        kl: the policy's sequence KL to its reference, in nats; a number (not NaN) or 0-d.
+        coef: the present one.
+        kl: the policy's sequence KL to its reference, in nats; not NaN.
         target: the KL to hold, in nats; positive.
         num_samples: n, completions since the last update, in [0, 5 h): beyond, the coefficient
             could fall to 0 or below.
         horizon: h, completions; positive. n / h is the paper's K.
 
-    Returns:
-        A number; 0-d where coef or kl is a tensor.
-
     Raises:
-        ValueError: a range or shape differs from the above.
+        ValueError: a range differs from the above.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
@@ -166,14 +139,7 @@ def adaptive_kl_coef(
         raise ValueError(f"need target > 0 and horizon > 0, got {target} and {horizon}")
     if not 0 <= num_samples * _MOST_KL_ERROR < horizon:
         raise ValueError(f"need num_samples in [0, 5 * {horizon}), got {num_samples}")
-    for name, x in {"coef": coef, "kl": kl}.items():
-        if isinstance(x, Tensor) and x.ndim:
-            raise ValueError(f"need a number or 0-d {name}, got {tuple(x.shape)}")
-        if not isinstance(x, Tensor) and math.isnan(x):
-            raise ValueError(f"need a number for {name}, got {x}")
-    error = kl / target - 1
-    if isinstance(error, Tensor):
-        error = error.clamp(-_MOST_KL_ERROR, _MOST_KL_ERROR)
-    else:
-        error = min(max(error, -_MOST_KL_ERROR), _MOST_KL_ERROR)
+    if math.isnan(coef) or math.isnan(kl):
+        raise ValueError(f"need numbers for coef and kl, got {coef} and {kl}")
+    error = min(max(kl / target - 1, -_MOST_KL_ERROR), _MOST_KL_ERROR)
     return coef * (1 + error * num_samples / horizon)

@@ -101,8 +101,6 @@ def test_no_value_is_read_on_the_host(estimator):
     groups = torch.empty(3, dtype=torch.int32, device="meta")
     got = group_advantages(torch.empty(4, device="meta"), groups, estimator=estimator)
     assert got.device.type == "meta" and got.shape == (4,)
-    number = torch.empty((), device="meta")
-    assert adaptive_kl_coef(number, number, num_samples=1).device.type == "meta"
 
 
 @pytest.mark.parametrize("estimator", ADVANTAGES)
@@ -218,12 +216,7 @@ def test_token_rewards_refuses(change, error, message):
     ],
 )
 def test_adaptive_kl_coef_by_hand(kl, want):
-    got = adaptive_kl_coef(0.05, kl, num_samples=512)
-    assert isinstance(got, float) and got == pytest.approx(want, rel=1e-12)
-    number = torch.tensor(kl, dtype=F64)
-    for coef in (0.05, torch.tensor(0.05, dtype=F64)):
-        there = adaptive_kl_coef(coef, number, num_samples=512)
-        assert isinstance(there, torch.Tensor) and there.item() == pytest.approx(want, rel=1e-12)
+    assert adaptive_kl_coef(0.05, kl, num_samples=512) == pytest.approx(want, rel=1e-12)
 
 
 def test_adaptive_kl_coef_with_a_target_and_a_horizon():
@@ -238,9 +231,8 @@ def test_adaptive_kl_coef_with_a_target_and_a_horizon():
         ({"horizon": -1.0}, "need target > 0 and horizon > 0, got 6.0 and -1.0"),
         ({"num_samples": 50_000}, r"need num_samples in \[0, 5 \* 10000\), got 50000"),
         ({"num_samples": -1}, r"need num_samples in \[0, 5 \* 10000\), got -1"),
-        ({"kl": math.nan}, "need a number for kl, got nan"),
-        ({"coef": math.nan}, "need a number for coef, got nan"),
-        ({"kl": torch.ones(2)}, r"need a number or 0-d kl, got \(2,\)"),
+        ({"kl": math.nan}, "need numbers for coef and kl, got 0.05 and nan"),
+        ({"coef": math.nan}, "need numbers for coef and kl, got nan and 9.0"),
     ],
 )
 def test_adaptive_kl_coef_refuses(change, message):
