@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastpref.kernels import logp_rows_triton as module
+from fastpref.kernels import gae, logp_rows_triton, ppo_policy, ppo_value, sequences
 from fastpref.kernels.logits import Transform
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -30,12 +30,19 @@ TYPES = {
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.bool: "i1",
+    torch.float64: "fp64",
 }
 # one H200: bytes a second as measured for a copy; lanes a second of 132 SMs at 1.755 GHz
 BYTES, LANES, EXPONENTIALS = 4.3e12, 132 * 128 * 1.755e9, 132 * 16 * 1.755e9
 BF16, FP32 = torch.bfloat16, torch.float32
 R = 16  # rows: a launch's code does not depend on them
-WIDTH = module.MAX_SLAB
+WIDTH = logp_rows_triton.MAX_SLAB
+B, T = 512, 4096
+KERNELS = (
+    *((logp_rows_triton, f"_{name}_rows") for name in ("stream", "slab", "finish", "gradient")),
+    *((gae, "_gae"), (gae, "_whiten"), (ppo_policy, "_policy"), (ppo_value, "_value")),
+    (sequences, "_fold"),
+)
 
 
 def slab(dtype, columns=WIDTH):
@@ -49,24 +56,63 @@ def logits(V, dtype=BF16):
 def forward(raw, transform=Transform(), outputs=(), **written):  # noqa: B008 an immutable tuple
     options = {"exps": None, "weighted": None, "slopes": False, "shift": None} | written
     state, target = torch.empty(8, R), torch.zeros(R, dtype=torch.int64)
-    module.slab_rows(raw, WIDTH, target, state, transform, outputs, **options)
+    logp_rows_triton.slab_rows(raw, WIDTH, target, state, transform, outputs, **options)
 
 
 def stream(logits, outputs=()):
     state, target = torch.empty(8, R), torch.zeros(R, dtype=torch.int64)
-    module.stream_rows(logits, target, state, 1.0, outputs)
+    logp_rows_triton.stream_rows(logits, target, state, 1.0, outputs)
 
 
 def gradient(source, out, entropy=False, transform=Transform(), **options):  # noqa: B008
     values, target = torch.empty(6 if entropy else 4, R), torch.zeros(R, dtype=torch.int64)
-    module.gradient_rows(source, 0, target, values, out, transform, **options)
+    logp_rows_triton.gradient_rows(source, 0, target, values, out, transform, **options)
 
 
 def finish():
     out = {"is_top1": torch.empty(R, dtype=torch.bool)}
     names = ("logp", "max", "log_total", "entropy", "mean_logit", "log_sum_sq_probs")
     out |= {name: torch.empty(R) for name in names}
-    module.finish_rows(torch.empty(8, R), torch.zeros(R, dtype=torch.int64), 128_256, out)
+    logp_rows_triton.finish_rows(torch.empty(8, R), torch.zeros(R, dtype=torch.int64), 128_256, out)
+
+
+def tokens(packed=False, dtype=FP32):
+    return torch.empty(B * T, dtype=dtype) if packed else torch.empty(B, T, dtype=dtype)
+
+
+def offsets(packed):
+    return torch.arange(0, B * T + 1, T) if packed else None
+
+
+def advantages(packed=False, masked=True, shaped=False, estimator="k1"):
+    x = tokens(packed)
+    mask = tokens(packed, torch.bool) if masked else None
+    shape = (x, x, torch.empty(B)) if shaped else (None, None, None)
+    end = (1.0, 0.95, 0.05, estimator)
+    gae._in_triton(None if shaped else x, x, *shape, mask, offsets(packed), None, *end)
+
+
+def whiten():
+    moments = torch.empty(3, dtype=torch.float64)
+    gae._whiten_in_triton(tokens(), tokens(dtype=torch.bool), moments, False, 1e-8)
+
+
+def policy(form="clip", bundle=False, packed=False, sequences=False):
+    x, mask = tokens(packed), tokens(packed, torch.bool)
+    more = (x, x, x) if bundle else (None, None, None)
+    numbers = [1.0, 0.2, 0.2, float("inf"), 1.0, 0.1, 0.1]
+    wanted = "dlogp dentropy" if bundle else "dlogp"
+    inputs = (x, x, x, mask, offsets(packed), *more)
+    ppo_policy._in_triton(*inputs, form, sequences, numbers, "k3", sequences, sequences, wanted)
+
+
+def value():
+    x, mask = tokens(), tokens(dtype=torch.bool)
+    ppo_value._in_triton(x, x, x, mask, None, 0.2, 1.0, False, False, True)
+
+
+def fold():
+    sequences.fold(torch.empty(1024, sequences.SUMS))
 
 
 BENT = Transform(1.5, 30.0, torch.empty(WIDTH))
@@ -131,6 +177,21 @@ CASES = {
         15,
     ),
     "finish": (finish, 0, 0),
+    "gae": (lambda: advantages(masked=False), 16, 10),
+    "gae, mask": (advantages, 17, 10),
+    "gae, mask, packed": (lambda: advantages(packed=True), 17, 10),
+    "advantages, KL k1, mask": (lambda: advantages(shaped=True), 21, 20),
+    "advantages, KL k3, mask": (lambda: advantages(shaped=True, estimator="k3"), 21, 40),
+    "whiten": (whiten, 9, 2),
+    "policy": (policy, 17, 40),
+    "policy, KL, entropy, importance": (lambda: policy(bundle=True), 33, 60),
+    "policy, a sequence's ratio": (lambda: policy(sequences=True), 17, 45),
+    "policy, a sequence's ratio, packed": (lambda: policy(sequences=True, packed=True), 17, 45),
+    "policy, cispo": (lambda: policy("cispo"), 17, 35),
+    "policy, apa": (lambda: policy("apa", bundle=True), 33, 50),
+    "policy, awr": (lambda: policy("awr"), 17, 35),
+    "value": (value, 17, 20),
+    "fold": (fold, 0, 0),
 }
 
 
@@ -180,18 +241,17 @@ def described(value):
 
 
 def compiled(launch, capability):
-    """The compiled kernel of a launch."""
-    kernels = [name for name in vars(module) if name.endswith("_rows") and name[0] == "_"]
-    real = {name: getattr(module, name) for name in kernels}
+    """The first kernel of a launch, compiled."""
+    real = {(module, name): getattr(module, name) for module, name in KERNELS}
+    recorders = {key: Recorder(kernel) for key, kernel in real.items()}
     try:
-        for name, kernel in real.items():
-            setattr(module, name, Recorder(kernel))
+        for (module, name), recorder in recorders.items():
+            setattr(module, name, recorder)
         launch()
-        recorders = [getattr(module, name) for name in kernels]
     finally:
-        for name, kernel in real.items():
+        for (module, name), kernel in real.items():
             setattr(module, name, kernel)
-    (recorder,) = (r for r in recorders if hasattr(r, "values"))
+    recorder = next(r for r in recorders.values() if hasattr(r, "values"))
     return recorder, recorder.compile(capability)
 
 
@@ -237,7 +297,7 @@ def measure(case, capability):
         "stack_bytes": int(found["STACK"]),
         "instructions": dict(counts),
     }
-    block = recorder.values.get("BLOCK_V")
+    block = recorder.values.get("BLOCK_V", recorder.values.get("BLOCK_T"))
     if block is None:
         return row
     elements = block / (32 * recorder.options["num_warps"])  # of one thread and one pass

@@ -23,15 +23,18 @@ from fastpref.kernels.sequences import (
     new_partials,
     num_sequences,
     padded,
+    reach,
     read,
-    span,
+    whole_words,
+    words,
+    write,
 )
 
 # of a log-ratio d = logp - ref_logp: d, d**2 / 2, exp(-d) - 1 + d
 KL_ESTIMATORS = ("k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0  # an exponent stays below: exp(88.8) is no fp32
-_MAX_BLOCK = 4096  # tokens that a program holds in registers
-_PACKED_BLOCK = 1024  # where lengths are known to the device alone
+_WHITEN_BLOCK = 4096
+_PER_THREAD, _PER_SHAPING_THREAD = 16, 8  # tokens in registers: more would leave one program a SM
 _SUM_NAMES = ("tokens", "advantages", "squares", "kl", "penalty", "sequences", "scores")
 
 
@@ -123,8 +126,7 @@ def _tokens(
     logp_ptr,
     ref_ptr,
     t,
-    start,
-    end,
+    there,
     keep,
     last,
     score,
@@ -134,17 +136,17 @@ def _tokens(
     """Reward, value, log-ratio and penalty of tokens; 0 where they do not count."""
     reward = tl.where(t == last, score, 0.0)
     if rewards_ptr is not None:
-        reward += read(rewards_ptr, t, start, end, keep)
+        reward += read(rewards_ptr, t, there, keep)
     d = tl.zeros_like(reward)
     penalty = d
     if logp_ptr is not None:
-        d = read(logp_ptr, t, start, end, keep) - read(ref_ptr, t, start, end, keep)
+        d = read(logp_ptr, t, there, keep) - read(ref_ptr, t, there, keep)
         estimate, _slope = kl_of(d, KL)
         penalty = kl_coef * estimate
         reward -= penalty
     value = tl.zeros_like(reward)
     if values_ptr is not None:
-        value = read(values_ptr, t, start, end, keep)
+        value = read(values_ptr, t, there, keep)
     return reward, value, d, penalty
 
 
@@ -167,20 +169,22 @@ def _gae(
     kl_coef,
     KL: tl.constexpr,
     SHAPED: tl.constexpr,
+    WHOLE: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """One program a sequence, from its last block to its first."""
     b = tl.program_id(0)
-    start, end = span(b, cu_ptr, width)
+    start, end, origin, _ = reach(cu_ptr, width, 0, True, BLOCK_T)
     lane = tl.arange(0, BLOCK_T)
-    blocks = tl.cdiv(end - start, BLOCK_T)
+    blocks = tl.cdiv(end - origin, BLOCK_T)
     last = start - 1
     score = tl.full((), 0.0, tl.float32)
     if SHAPED:
         for i in range(blocks):
-            t = start + i * BLOCK_T + lane
-            last = tl.maximum(last, tl.max(tl.where(kept(mask_ptr, t, start, end), t, start - 1)))
+            t = origin + i * BLOCK_T + lane
+            keep = kept(mask_ptr, t, start, end, words(t, start, end))
+            last = tl.maximum(last, tl.max(tl.where(keep, t, start - 1)))
         if scores_ptr is not None:
             score = tl.load(scores_ptr + b, mask=last >= start, other=0.0)
     state = tl.full((), 0.0, tl.float32)  # S of the token past the block
@@ -192,18 +196,18 @@ def _gae(
     kl = tokens
     penalties = tokens
     for i in range(blocks):
-        first = start + (blocks - 1 - i) * BLOCK_T
+        first = origin + (blocks - 1 - i) * BLOCK_T
         # each lane scans the token after its own, so that it ends with the S that its own needs
         t = first + 1 + lane
-        keep = kept(mask_ptr, t, start, end)
+        there = (t >= start) & (t < end)
+        keep = kept(mask_ptr, t, start, end, there)
         reward, value, d, penalty = _tokens(
             rewards_ptr,
             values_ptr,
             logp_ptr,
             ref_ptr,
             t,
-            start,
-            end,
+            there,
             keep,
             last,
             score,
@@ -216,15 +220,15 @@ def _gae(
         later = slope * state + offset
         state = tl.sum(tl.where(lane == 0, later, 0.0), 0)
         t = first + lane
-        keep = kept(mask_ptr, t, start, end)
+        there = words(t, start, end)
+        keep = kept(mask_ptr, t, start, end, there)
         reward, value, d, penalty = _tokens(
             rewards_ptr,
             values_ptr,
             logp_ptr,
             ref_ptr,
             t,
-            start,
-            end,
+            there,
             keep,
             last,
             score,
@@ -232,8 +236,8 @@ def _gae(
             KL,
         )
         advantage = tl.where(keep, reward - value + later, 0.0)
-        tl.store(advantages_ptr + t, advantage, mask=t < end)
-        tl.store(returns_ptr + t, advantage + value, mask=t < end)
+        write(advantages_ptr, t, advantage, start, end, WHOLE)
+        write(returns_ptr, t, advantage + value, start, end, WHOLE)
         if SHAPED:
             tokens += tl.where(keep, 1.0, 0.0)
             total += advantage
@@ -273,8 +277,9 @@ def _in_triton(
     partials = new_partials(like, B)
     shaped = logp is not None
     if B:
-        width = like.shape[1] if cu_seqlens is None else _PACKED_BLOCK
-        block = min(max(triton.next_power_of_2(width), 128), _MAX_BLOCK)
+        width = like.shape[-1]  # of packed tokens a bound of their lengths
+        per_warp = 32 * (_PER_SHAPING_THREAD if shaped else _PER_THREAD)
+        block = min(max(triton.next_power_of_2(width), per_warp), 4 * per_warp)
         _gae[(B,)](
             *(rewards, values, logp, ref_logp, scores, mask, cu_seqlens, bootstrap),
             *(advantages, returns, partials if shaped else None),
@@ -284,9 +289,10 @@ def _in_triton(
             kl_coef,
             KL=estimator,
             SHAPED=shaped,
+            WHOLE=whole_words(like, cu_seqlens, True),
             SUMS=partials.shape[1],
             BLOCK_T=block,
-            num_warps=max(1, min(8, block // 512)),
+            num_warps=block // per_warp,
         )
     sums = fold(partials)[1] if shaped else partials.new_zeros(len(_SUM_NAMES))
     return advantages, returns, sums[: len(_SUM_NAMES)].double()
@@ -328,16 +334,28 @@ def _(rewards, values, logp, *args):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["moments_ptr"])
-def _whiten(x_ptr, mask_ptr, moments_ptr, out_ptr, N, eps, BESSEL, BLOCK_T: tl.constexpr):
+def _whiten(
+    x_ptr,
+    mask_ptr,
+    moments_ptr,
+    out_ptr,
+    N,
+    eps,
+    BESSEL,
+    WHOLE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.load(moments_ptr)
     mean = tl.load(moments_ptr + 1) / tl.maximum(n, 1.0)
     around = tl.maximum(tl.load(moments_ptr + 2) - n * mean * mean, 0.0)
     variance = (around / tl.maximum(n - BESSEL, 1.0)).to(tl.float32)
     scale = 1 / tl.sqrt(variance + eps)
-    keep = kept(mask_ptr, t, 0, N)
-    x = read(x_ptr, t, 0, N, keep)
-    tl.store(out_ptr + t, tl.where(keep, (x - mean.to(tl.float32)) * scale, 0.0), mask=t < N)
+    there = words(t, 0, N)
+    keep = kept(mask_ptr, t, 0, N, there)
+    x = read(x_ptr, t, there, keep)
+    out = tl.where(keep, (x - mean.to(tl.float32)) * scale, 0.0)
+    write(out_ptr, t, out, 0, N, WHOLE)
 
 
 def _whiten_in_torch(
@@ -350,20 +368,28 @@ def _whiten_in_torch(
     return out if mask is None else out.where(mask, 0.0)
 
 
+def _whiten_in_triton(
+    x: Tensor, mask: Tensor | None, moments: Tensor, unbiased: bool, eps: float
+) -> Tensor:
+    out = torch.empty_like(x)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), _WHITEN_BLOCK),)
+        args = (x, mask, moments, out, x.numel(), eps, float(unbiased))
+        whole = whole_words(x, None, False)
+        _whiten[grid](*args, WHOLE=whole, BLOCK_T=_WHITEN_BLOCK, num_warps=8)
+    return out
+
+
 @torch.library.custom_op("fastpref::whiten", mutates_args=())
 def _whiten_op(
     x: Tensor, mask: Tensor | None, moments: Tensor, unbiased: bool, eps: float
 ) -> Tensor:
     backend = choose(x.device.type, x.dtype, "ppo")
-    if backend == "torch":
-        return _whiten_in_torch(x, mask, moments, unbiased, eps)
+    if backend != "cpp":
+        whitened = _whiten_in_triton if backend == "triton" else _whiten_in_torch
+        return whitened(x, mask, moments, unbiased, eps)
     out = torch.empty_like(x)
-    if backend == "cpp":
-        torch.ops.fastpref_ppo.whiten(x, mask, moments, unbiased, eps, out)
-    elif x.numel():
-        grid = (triton.cdiv(x.numel(), 1024),)
-        args = (x, mask, moments, out, x.numel(), eps, float(unbiased))
-        _whiten[grid](*args, BLOCK_T=1024, num_warps=4)
+    torch.ops.fastpref_ppo.whiten(x, mask, moments, unbiased, eps, out)
     return out
 
 

@@ -28,6 +28,9 @@ from fastpref.kernels.sequences import (
     reach,
     read,
     sequence_of,
+    whole_words,
+    words,
+    write,
 )
 
 FORMS = ("clip", "cispo", "apa", "awr")
@@ -167,7 +170,9 @@ def _in_torch(
 
 # 3. kernels
 @triton.jit
-def _surrogate(logp, d, ratio, inside, advantage, low, high, dual, temperature, FORM: tl.constexpr):
+def _surrogate(
+    logp, d, ratio, inside, advantage, low, high, dual, per_temperature, FORM: tl.constexpr
+):
     """Loss, its slope in logp, and which bounds bind."""
     below = ratio < 1 - low
     above = ratio > 1 + high
@@ -188,11 +193,11 @@ def _surrogate(logp, d, ratio, inside, advantage, low, high, dual, temperature, 
         above = below
         past = below
         if FORM == "apa":
-            error = d - advantage / temperature
+            error = d - advantage * per_temperature
             loss = error * error
             slope = 2 * error
         else:
-            slope = -tl.exp(tl.minimum(advantage / temperature, 20.0))
+            slope = -tl.exp(tl.minimum(advantage * per_temperature, 20.0))
             loss = slope * logp
     return loss, slope, below, above, past
 
@@ -216,12 +221,13 @@ def _policy(
     low,
     high,
     dual,
-    temperature,
+    per_temperature,
     kl_coef,
     entropy_coef,
     FORM: tl.constexpr,
     KL: tl.constexpr,
     SPANS: tl.constexpr,
+    WHOLE: tl.constexpr,
     EACH: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
     MEAN: tl.constexpr,
@@ -241,10 +247,11 @@ def _policy(
     if BY_SEQUENCE or MEAN:
         for e in range(first, end, step):
             t = e + lanes
-            keep = kept(mask_ptr, t, start, end)
+            there = words(t, start, end)
+            keep = kept(mask_ptr, t, start, end, there)
             tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
             if BY_SEQUENCE and old_ptr is not None:
-                apart = read(logp_ptr, t, start, end, keep) - read(old_ptr, t, start, end, keep)
+                apart = read(logp_ptr, t, there, keep) - read(old_ptr, t, there, keep)
                 apart_sum += tl.sum(apart, 1)
         count = tl.maximum(tl.sum(tokens, 0), 1.0)
         mean_log_ratio = tl.sum(apart_sum, 0) / count
@@ -264,16 +271,17 @@ def _policy(
     largest = none
     for e in range(first, end, step):
         t = e + lanes
-        keep = kept(mask_ptr, t, start, end)
-        logp = read(logp_ptr, t, start, end, keep)
+        there = words(t, start, end)
+        keep = kept(mask_ptr, t, start, end, there)
+        logp = read(logp_ptr, t, there, keep)
         zero = tl.zeros_like(logp)
         if EACH:
             advantage = zero + tl.load(advantages_ptr + p)
         else:
-            advantage = read(advantages_ptr, t, start, end, keep)
+            advantage = read(advantages_ptr, t, there, keep)
         apart = zero
         if old_ptr is not None:
-            apart = logp - read(old_ptr, t, start, end, keep)
+            apart = logp - read(old_ptr, t, there, keep)
         used = apart
         if BY_SEQUENCE:
             used = zero + mean_log_ratio
@@ -281,12 +289,12 @@ def _policy(
         ratio = tl.exp(bounded)
         d = logp
         if ref_ptr is not None:
-            d = logp - read(ref_ptr, t, start, end, keep)
+            d = logp - read(ref_ptr, t, there, keep)
         loss, slope, below, above, past = _surrogate(
-            logp, d, ratio, used == bounded, advantage, low, high, dual, temperature, FORM
+            logp, d, ratio, used == bounded, advantage, low, high, dual, per_temperature, FORM
         )
         if importance_ptr is not None:
-            importance = read(importance_ptr, t, start, end, keep)
+            importance = read(importance_ptr, t, there, keep)
             loss *= importance
             slope *= importance
         if ref_ptr is not None:
@@ -295,13 +303,15 @@ def _policy(
             slope += kl_coef * k_slope
             kl_sum += tl.sum(tl.where(keep, k, 0.0), 1)
         if entropy_ptr is not None:
-            entropy = read(entropy_ptr, t, start, end, keep)
+            entropy = read(entropy_ptr, t, there, keep)
             loss -= entropy_coef * entropy
             entropies += tl.sum(entropy, 1)
         if dlogp_ptr is not None:
-            tl.store(dlogp_ptr + t, tl.where(keep, per_token * slope, 0.0), mask=t < end)
+            grad = tl.where(keep, per_token * slope, 0.0)
+            write(dlogp_ptr, t, grad, start, end, WHOLE)
         if dentropy_ptr is not None:
-            tl.store(dentropy_ptr + t, tl.where(keep, -entropy_coef * per_token, 0.0), mask=t < end)
+            grad = tl.where(keep, -entropy_coef * per_token, 0.0)
+            write(dentropy_ptr, t, grad, start, end, WHOLE)
         near = tl.minimum(tl.maximum(apart, -20.0), 20.0)
         tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
         loss_sum += tl.sum(tl.where(keep, loss, 0.0), 1)
@@ -356,10 +366,13 @@ def _in_triton(
         _policy[(programs,)](
             *(logp, advantages, old_logp, mask, cu_seqlens, ref_logp, entropy, is_weight),
             *(dlogp, dentropy, partials, logp.numel(), logp.shape[-1]),
-            *numbers,
+            *numbers[:4],
+            1 / numbers[4],  # a division would be a call
+            *numbers[5:],
             FORM=form,
             KL=estimator,
             SPANS=spans,
+            WHOLE=whole_words(logp, cu_seqlens, spans),
             EACH=advantages.shape != logp.shape,
             BY_SEQUENCE=by_sequence,
             MEAN=mean,

@@ -30,6 +30,9 @@ from fastpref.kernels.sequences import (
     read,
     reduced,
     sequence_of,
+    whole_words,
+    words,
+    write,
 )
 
 # what a pass sums over tokens; error is R - V
@@ -101,6 +104,7 @@ def _value(
     weight,
     MEAN: tl.constexpr,
     SPANS: tl.constexpr,
+    WHOLE: tl.constexpr,
     SUMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -113,7 +117,9 @@ def _value(
     per_token = weight
     if MEAN:
         for e in range(first, end, step):
-            tokens += tl.sum(tl.where(kept(mask_ptr, e + lanes, start, end), 1.0, 0.0), 1)
+            t = e + lanes
+            keep = kept(mask_ptr, t, start, end, words(t, start, end))
+            tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
         per_token = weight / tl.maximum(tl.sum(tokens, 0), 1.0)
         tokens = none
     losses = none
@@ -125,19 +131,21 @@ def _value(
     error_squares = none
     for e in range(first, end, step):
         t = e + lanes
-        keep = kept(mask_ptr, t, start, end)
-        value = read(values_ptr, t, start, end, keep)
-        target = read(returns_ptr, t, start, end, keep)
+        there = words(t, start, end)
+        keep = kept(mask_ptr, t, start, end, there)
+        value = read(values_ptr, t, there, keep)
+        target = read(returns_ptr, t, there, keep)
         error = target - value
         near = value
         if old_ptr is not None:
-            old = read(old_ptr, t, start, end, keep)
+            old = read(old_ptr, t, there, keep)
             near = old + tl.minimum(tl.maximum(value - old, -clip), clip)
         miss = target - near
         binds = miss * miss > error * error
         losses += tl.sum(0.5 * tl.maximum(miss * miss, error * error), 1)
         if dvalues_ptr is not None:
-            tl.store(dvalues_ptr + t, tl.where(binds, 0.0, -per_token * error), mask=t < end)
+            grad = tl.where(binds, 0.0, -per_token * error)
+            write(dvalues_ptr, t, grad, start, end, WHOLE)
         tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
         clipped += tl.sum(tl.where(binds, 1.0, 0.0), 1)
         value_sum += tl.sum(value, 1)
@@ -181,6 +189,7 @@ def _in_triton(
             *(values.numel(), values.shape[-1], clip, weight),
             MEAN=mean,
             SPANS=spans,
+            WHOLE=whole_words(values, cu_seqlens, spans),
             SUMS=SUMS,
             BLOCK_T=BLOCK,
             num_warps=4,

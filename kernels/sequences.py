@@ -176,6 +176,12 @@ def programs_for(tokens: Tensor, cu_seqlens: Tensor | None, spans: bool) -> int:
     return min(triton.cdiv(tokens.numel(), BLOCK), _MAX_PROGRAMS)
 
 
+def whole_words(tokens: Tensor, cu_seqlens: Tensor | None, spans: bool) -> bool:
+    """Whether no word is shared between programs."""
+    length = tokens.shape[-1] if spans else tokens.numel()
+    return length % WORD.value == 0 and not (spans and cu_seqlens is not None)
+
+
 @triton.jit
 def span(program, cu_ptr, width):
     """Where a program's sequence starts and ends."""
@@ -190,30 +196,49 @@ def span(program, cu_ptr, width):
 def reach(cu_ptr, width, N, SPANS: tl.constexpr, BLOCK_T: tl.constexpr):
     """Start and end of what a program works in, its first block, and the step to its next.
 
-    A sequence (SPANS), or some blocks of all tokens.
+    A sequence (SPANS), from the word that holds its first token on, or some blocks of all tokens.
     """
     p = tl.program_id(0)
     if SPANS:
         start, end = span(p, cu_ptr, width)
-        return start, end, start, BLOCK_T
+        return start, end, start // WORD * WORD, BLOCK_T
     else:
         start = tl.full((), 0, tl.int64)
         return start, start + N, start + p * BLOCK_T, tl.num_programs(0) * BLOCK_T
 
 
 @triton.jit
-def kept(mask_ptr, t, start, end):
+def words(t, start, end):
+    """Whether a token's word of 16 bytes holds one from start to end."""
+    word = t // WORD * WORD
+    return (word + WORD > start) & (word < end)
+
+
+@triton.jit
+def kept(mask_ptr, t, start, end, there):
+    """Which tokens count; ``there`` is what may be read beside them."""
     here = (t >= start) & (t < end)
     if mask_ptr is not None:
-        here = here & (tl.load(mask_ptr + t, mask=here, other=0) != 0)
+        here = here & (tl.load(mask_ptr + t, mask=there, other=0) != 0)
     return here
 
 
 @triton.jit
-def read(ptr, t, start, end, keep):
-    # masked by place alone, so that words of 16 bytes are read whole; padding may hold NaN
-    x = tl.load(ptr + t, mask=(t >= start) & (t < end), other=0.0)
-    return tl.where(keep, x, 0.0)
+def read(ptr, t, there, keep):
+    # padding may hold NaN
+    return tl.where(keep, tl.load(ptr + t, mask=there, other=0.0), 0.0)
+
+
+@triton.jit
+def write(ptr, t, x, start, end, WHOLE: tl.constexpr):
+    """WHOLE: every span starts and ends with a word; else those at its ends are written apart."""
+    if WHOLE:
+        tl.store(ptr + t, x, mask=words(t, start, end))
+    else:
+        word = t // WORD * WORD
+        inside = (word >= start) & (word + WORD <= end)
+        tl.store(ptr + t, x, mask=inside)
+        tl.store(ptr + t, x, mask=(t >= start) & (t < end) & (inside == 0))
 
 
 @triton.jit
