@@ -156,9 +156,9 @@ def _in_torch(
     H, near = tokens(entropy), apart.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     loss = each * (loss - entropy_coef * H)
     counted = (ratio, (ratio - 1).abs(), *bounds, -near, near**2 / 2, kl, H)
-    sums = [loss.sum(), keep.sum(), (count > 0).sum(), *(x.where(keep, 0).sum() for x in counted)]
+    parts = [loss, keep, count > 0, *(x.where(keep, 0) for x in counted)]
     out = logp.new_zeros(SUMS)
-    out[: len(sums)] = torch.stack([x.to(logp.dtype) for x in sums])
+    out[: len(parts)] = torch.stack([x.sum(dtype=torch.float64) for x in parts])
     out[-1] = torch.cat([ratio.where(keep, 0.0), ratio.new_zeros(1)]).max()
     return (
         out[0].clone(),
@@ -380,8 +380,8 @@ def _in_triton(
             BLOCK_T=BLOCK,
             num_warps=4,
         )
-    empty = logp.new_empty(0)
-    return (*fold(partials), *(empty if x is None else x for x in (dlogp, dentropy)))
+    grads = (logp.new_empty(0) if x is None else x for x in (dlogp, dentropy))
+    return *fold(partials), *grads
 
 
 # 4. ops; numbers: weight, low, high, dual, temperature, KL and entropy coefficients; spans: a
@@ -415,8 +415,7 @@ def policy_op(
     grads = [torch.empty_like(logp) if name in wanted else None for name in ("dlogp", "dentropy")]
     sums = logp.new_zeros(SUMS)
     torch.ops.fastpref_ppo.policy(*inputs, *options, *grads, sums)
-    empty = logp.new_empty(0)
-    return sums[0].clone(), sums, *(empty if x is None else x for x in grads)
+    return sums[0].clone(), sums, *(logp.new_empty(0) if x is None else x for x in grads)
 
 
 @policy_op.register_fake

@@ -76,14 +76,13 @@ def _in_torch(
     binds = (near - R) ** 2 > (V - R) ** 2
     place, B = sequence_of(values, cu_seqlens), num_sequences(values, cu_seqlens)
     count = sum_rows(keep.flatten().to(V.dtype), place, B + 1)[:B]
-    each = keep * weight
+    each = keep.to(V.dtype) * weight
     if mean:
         each = each / gather_rows(count.clamp(min=1), place).view_as(V)
     loss = torch.where(binds, near - R, V - R) ** 2 / 2
-    counted = (binds & keep, V, R, R**2, R - V, (R - V) ** 2)
-    sums = [(each * loss).sum(), keep.sum(), (count > 0).sum(), *(x.sum() for x in counted)]
+    parts = (each * loss, keep, count > 0, binds & keep, V, R, R**2, R - V, (R - V) ** 2)
     out = values.new_zeros(SUMS)
-    out[: len(sums)] = torch.stack([x.to(V.dtype) for x in sums])
+    out[: len(parts)] = torch.stack([x.sum(dtype=torch.float64) for x in parts])
     slope = (each * (V - R)).masked_fill(binds, 0.0) if gradient else values.new_empty(0)
     return out[0].clone(), out, slope
 

@@ -1,14 +1,19 @@
-"""What only a GPU can show: no host syncs, CUDA graphs, more than 2**31 logits."""
+"""What only a GPU can show: no host syncs, CUDA graphs, more than 2**31 logits, many tokens."""
 
 import pytest
 import torch
 
 from fastpref import (
+    gae,
     linear_kl,
     linear_logp,
     linear_logp_stats,
     logp_from_logits,
     logp_stats_from_logits,
+    ppo_advantages,
+    ppo_policy_loss,
+    ppo_value_loss,
+    whiten,
 )
 
 pytestmark = pytest.mark.gpu
@@ -48,11 +53,40 @@ def from_logits(inplace):
     return step, logits
 
 
+def ppo(packed):
+    """Shaped rewards, advantages, whitening, both losses and their gradients."""
+    B, T = 37, 1001
+    gen = torch.Generator("cuda").manual_seed(0)
+    x, ref, values = (torch.randn(B, T, generator=gen, device="cuda") for _ in range(3))
+    mask = torch.rand(B, T, generator=gen, device="cuda") < 0.8
+    cu = torch.arange(0, B * T + 1, T, device="cuda") if packed else None
+    x, ref, values, mask = ((y.flatten() if packed else y) for y in (x, ref, values, mask))
+    scores = torch.ones(B, device="cuda")
+    logp = x.clone().requires_grad_()
+    where = {"mask": mask, "cu_seqlens": cu}
+
+    def step():
+        old = logp.detach()
+        made = ppo_advantages(scores=scores, logp=old, ref_logp=ref, values=values, **where)
+        white = whiten(made.advantages, made.moments, mask=mask)
+        policy = ppo_policy_loss(
+            logp=logp, old_logp=x, advantages=white, ref_logp=ref, kl_coef=0.1, **where,
+            loss_agg_mode="seq-mean-token-mean" if packed else "token-mean",
+        )  # fmt: skip
+        critic = ppo_value_loss(values=logp, old_values=values, returns=made.returns, **where)
+        (grad,) = torch.autograd.grad(policy.loss + critic.loss, logp)
+        return [policy.loss.detach(), grad, *policy.metrics.values(), *critic.metrics.values()]
+
+    return step, logp
+
+
 STEPS = {
     "trained": lambda: from_hidden(False),
     "frozen": lambda: from_hidden(True),
     "logits": lambda: from_logits(False),
     "logits in place": lambda: from_logits(True),
+    "ppo": lambda: ppo(False),
+    "ppo, packed": lambda: ppo(True),
 }
 
 
@@ -89,6 +123,27 @@ def test_more_than_two_to_the_31_logits():
     (grad,) = torch.autograd.grad(logp.sum(), leaf)
     one_hot = torch.nn.functional.one_hot(target[-3:], V)
     assert (grad[-3:].double() - (one_hot - last.exp())).abs().max() < 2**-8
+
+
+def test_many_tokens():
+    """A sequence of many blocks, many sequences, and more tokens than programs take at once."""
+    gen = torch.Generator("cuda").manual_seed(0)
+    for shape in ((2, 100_003), (5000, 7)):
+        rewards, values = (torch.randn(shape, generator=gen, device="cuda") for _ in range(2))
+        found = gae(rewards=rewards, values=values, gamma=0.999)
+        want = gae(rewards=rewards.double(), values=values.double(), gamma=0.999)
+        for ours, truth in zip(found, want, strict=True):
+            assert (ours - truth).abs().max() < 1e-5 * truth.abs().max()
+    logp = (0.1 * torch.randn(1, 1 << 25, generator=gen, device="cuda")).requires_grad_()
+    advantages = torch.randn(logp.shape, generator=gen, device="cuda")
+    found = ppo_policy_loss(logp=logp, old_logp=0 * logp.detach(), advantages=advantages)
+    (grad,) = torch.autograd.grad(found.loss, logp)
+    ratio = logp.detach().double().exp()
+    free = -ratio * advantages
+    want = torch.maximum(free, -ratio.clamp(0.8, 1.2) * advantages)
+    assert (found.loss - want.sum()).abs() < 1e-5 * want.abs().sum()
+    assert (grad - free.where(want == free, 0.0)).abs().max() < 1e-5
+    assert (found.metrics["ratio"] - ratio.sum()).abs() < 1e-5 * ratio.sum()
 
 
 def test_log_probs_without_bf16_noise():

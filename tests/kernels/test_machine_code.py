@@ -32,6 +32,7 @@ def rows():
 def test_every_kernel_compiles_for_every_architecture(rows):
     kernels = {(row["kernel"], row["sm"]) for row in rows}
     names = {"_stream_rows", "_slab_rows", "_finish_rows", "_gradient_rows"}
+    names |= {"_gae", "_whiten", "_policy", "_value", "_fold"}
     assert kernels == {(name, int(sm)) for name in names for sm in ARCHITECTURES}
 
 
@@ -50,7 +51,7 @@ def count(row, kind, narrow):
 
 def test_rows_move_sixteen_bytes_at_a_time(rows):
     for row in rows:
-        if row["kernel"] == "_finish_rows":
+        if not row["kernel"].endswith("_rows") or row["kernel"] == "_finish_rows":
             continue
         assert count(row, "LDG", False) >= 2, row
         assert count(row, "LDG", True) <= 1, row  # the label's logit
@@ -61,3 +62,15 @@ def test_rows_move_sixteen_bytes_at_a_time(rows):
             assert count(row, "STG", False) >= 2, row
         if "odd V" not in row["case"]:  # elsewhere the words at a row's ends are shared
             assert count(row, "STG", True) == 0, row
+
+
+# tokens of 16 bytes that a thread reads and writes in a pass: of the inputs and outputs of fp32
+TOKENS = {"_gae": (2, 2), "_policy": (3, 1), "_value": (3, 1), "_whiten": (1, 1)}
+
+
+def test_tokens_move_sixteen_bytes_at_a_time(rows):
+    for row in rows:
+        if row["kernel"] in TOKENS:
+            loads, stores = TOKENS[row["kernel"]]
+            assert count(row, "LDG", False) >= loads, row
+            assert count(row, "STG", False) >= stores, row
