@@ -89,7 +89,8 @@ def advantages(packed=False, masked=True, shaped=False, estimator="k1"):
     mask = tokens(packed, torch.bool) if masked else None
     shape = (x, x, torch.empty(B)) if shaped else (None, None, None)
     end = (1.0, 0.95, 0.05, estimator)
-    gae._in_triton(None if shaped else x, x, *shape, mask, offsets(packed), None, *end)
+    inputs = (None if shaped else x, x, *shape, mask, offsets(packed), None)
+    gae._in_triton(gae._Inputs(*inputs, *end))
 
 
 def whiten():
@@ -103,12 +104,14 @@ def policy(form="clip", bundle=False, packed=False, sequences=False):
     numbers = [1.0, 0.2, 0.2, float("inf"), 1.0, 0.1, 0.1]
     wanted = "dlogp dentropy" if bundle else "dlogp"
     inputs = (x, x, x, mask, offsets(packed), *more)
-    ppo_policy._in_triton(*inputs, form, sequences, numbers, "k3", sequences, sequences, wanted)
+    options = (form, sequences, numbers, "k3", sequences, sequences, wanted)
+    ppo_policy._in_triton(ppo_policy._Inputs(*inputs, *options))
 
 
 def value():
     x, mask = tokens(), tokens(dtype=torch.bool)
-    ppo_value._in_triton(x, x, x, mask, None, 0.2, 1.0, False, False, True)
+    options = (None, 0.2, 1.0, False, False, True)
+    ppo_value._in_triton(ppo_value._Inputs(x, x, x, mask, *options))
 
 
 def fold():

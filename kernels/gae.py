@@ -38,6 +38,28 @@ _PER_THREAD, _PER_SHAPING_THREAD = 16, 8  # tokens in registers: more would leav
 _SUM_NAMES = ("tokens", "advantages", "squares", "kl", "penalty", "sequences", "scores")
 
 
+class _Inputs(NamedTuple):
+    """What the op takes: tokens (B, T), or (T,) with cu_seqlens, in one dtype."""
+
+    rewards: Tensor | None
+    values: Tensor | None
+    logp: Tensor | None
+    ref_logp: Tensor | None
+    scores: Tensor | None  # (B,)
+    mask: Tensor | None  # bool
+    cu_seqlens: Tensor | None  # (B+1,)
+    bootstrap: Tensor | None  # (B,)
+    gamma: float
+    lam: float
+    kl_coef: float
+    estimator: str
+
+    @property
+    def tokens(self) -> Tensor:
+        """One that is there, for its shape."""
+        return next(x for x in (self.rewards, self.logp) if x is not None)
+
+
 # 1. reference
 def kl_estimate(d: Tensor, estimator: str) -> Tensor:
     """The KL of one sampled token from its log-ratio d = logp - ref_logp, in nats.
@@ -66,50 +88,35 @@ def gae_ref(
     return advantages, (advantages + values).where(mask, 0.0)
 
 
-def _in_torch(
-    rewards: Tensor | None,
-    values: Tensor | None,
-    logp: Tensor | None,
-    ref_logp: Tensor | None,
-    scores: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    bootstrap: Tensor | None,
-    gamma: float,
-    lam: float,
-    kl_coef: float,
-    estimator: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    like = next(x for x in (rewards, logp) if x is not None)
-    keep = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
-    if cu_seqlens is not None:
-        place, there = padded(cu_seqlens, len(like))
+def _in_torch(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    like = x.tokens
+    keep = torch.ones_like(like, dtype=torch.bool) if x.mask is None else x.mask
+    if x.cu_seqlens is not None:
+        place, there = padded(x.cu_seqlens, len(like))
         keep = keep[place] & there if len(like) else there
 
-    def rows(x: Tensor | None) -> Tensor:
+    def rows(y: Tensor | None) -> Tensor:
         """(B, T) with 0 where nothing counts."""
-        if x is None or not x.numel():
+        if y is None or not y.numel():
             return like.new_zeros(keep.shape)
-        return (x if cu_seqlens is None else x[place]).where(keep, 0.0)
+        return (y if x.cu_seqlens is None else y[place]).where(keep, 0.0)
 
-    reward, d = rows(rewards), rows(logp) - rows(ref_logp)
-    penalty = kl_coef * kl_estimate(d, estimator)
-    reward = reward - penalty
-    full = keep.any(1)
-    if scores is not None and keep.shape[1]:
+    d, full = rows(x.logp) - rows(x.ref_logp), keep.any(1)
+    penalty = x.kl_coef * kl_estimate(d, x.estimator)
+    reward = rows(x.rewards) - penalty
+    none = like.new_zeros(len(keep))
+    scores = none if x.scores is None else x.scores.where(full, 0.0)
+    if keep.shape[1]:
         last = keep.shape[1] - 1 - keep.flip(1).int().argmax(1)
-        reward[torch.arange(len(last), device=like.device), last] += scores.where(full, 0.0)
-    end = like.new_zeros(len(keep)) if bootstrap is None else bootstrap
-    found = gae_ref(reward, rows(values), keep, end, gamma, lam)
-    counted = torch.zeros_like(full, dtype=like.dtype) if scores is None else scores
-    parts = (keep, found[0], found[0] ** 2, d, penalty, full, counted.where(full, 0.0))
-    sums = torch.stack([x.sum(dtype=torch.float64) for x in parts])
-    if cu_seqlens is not None:
-        flat = [torch.zeros_like(like) for _ in found]
-        found = [
-            out.index_put((place[there],), x[there]) for out, x in zip(flat, found, strict=True)
-        ]
-    return found[0], found[1], sums
+        reward[torch.arange(len(last), device=like.device), last] += scores
+    end = none if x.bootstrap is None else x.bootstrap
+    found = gae_ref(reward, rows(x.values), keep, end, x.gamma, x.lam)
+    parts = (keep, found[0], found[0] ** 2, d, penalty, full, scores)
+    sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    if x.cu_seqlens is not None:
+        at, flat = (place[there],), torch.zeros_like(like)
+        found = tuple(flat.index_put(at, out[there]) for out in found)
+    return *found, sums
 
 
 # 2. kernels
@@ -257,39 +264,27 @@ def _gae(
         tl.store(out + rest, 0.0, mask=rest > 6)
 
 
-def _in_triton(
-    rewards: Tensor | None,
-    values: Tensor | None,
-    logp: Tensor | None,
-    ref_logp: Tensor | None,
-    scores: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    bootstrap: Tensor | None,
-    gamma: float,
-    lam: float,
-    kl_coef: float,
-    estimator: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    like = next(x for x in (rewards, logp) if x is not None)
+def _in_triton(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    like, shaped = x.tokens, x.logp is not None
     advantages, returns = torch.empty_like(like), torch.empty_like(like)
-    B = num_sequences(like, cu_seqlens)
+    B = num_sequences(like, x.cu_seqlens)
     partials = new_partials(like, B)
-    shaped = logp is not None
     if B:
         width = like.shape[-1]  # of packed tokens a bound of their lengths
         per_warp = 32 * (_PER_SHAPING_THREAD if shaped else _PER_THREAD)
         block = min(max(triton.next_power_of_2(width), per_warp), 4 * per_warp)
         _gae[(B,)](
-            *(rewards, values, logp, ref_logp, scores, mask, cu_seqlens, bootstrap),
-            *(advantages, returns, partials if shaped else None),
+            *x[:8],
+            advantages,
+            returns,
+            partials if shaped else None,
             width,
-            gamma,
-            gamma * lam,
-            kl_coef,
-            KL=estimator,
+            x.gamma,
+            x.gamma * x.lam,
+            x.kl_coef,
+            KL=x.estimator,
             SHAPED=shaped,
-            WHOLE=whole_words(like, cu_seqlens, True),
+            WHOLE=whole_words(like, x.cu_seqlens, True),
             SUMS=partials.shape[1],
             BLOCK_T=block,
             num_warps=block // per_warp,
@@ -314,16 +309,15 @@ def _op(
     kl_coef: float,
     estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    like = next(x for x in (rewards, logp) if x is not None)
-    args = (rewards, values, logp, ref_logp, scores, mask, cu_seqlens, bootstrap)
-    options = (gamma, lam, kl_coef, estimator)
-    backend = choose(like.device.type, like.dtype, "ppo")
-    if backend == "cpp":
-        out = (torch.empty_like(like), torch.empty_like(like))
-        sums = like.new_empty(len(_SUM_NAMES), dtype=torch.float64)
-        torch.ops.fastpref_ppo.gae(*args, *options, *out, sums)
-        return *out, sums
-    return (_in_triton if backend == "triton" else _in_torch)(*args, *options)
+    tokens = (rewards, values, logp, ref_logp)
+    x = _Inputs(*tokens, scores, mask, cu_seqlens, bootstrap, gamma, lam, kl_coef, estimator)
+    backend = choose(x.tokens.device.type, x.tokens.dtype, "ppo")
+    if backend != "cpp":
+        return _in_triton(x) if backend == "triton" else _in_torch(x)
+    out = (torch.empty_like(x.tokens), torch.empty_like(x.tokens))
+    sums = x.tokens.new_empty(len(_SUM_NAMES), dtype=torch.float64)
+    torch.ops.fastpref_ppo.gae(*x, *out, sums)
+    return *out, sums
 
 
 @_op.register_fake

@@ -5,7 +5,7 @@ clip max(-rho A, -clip(rho) A), at most -c A where A < 0; cispo -sg(clip(rho)) A
 (logp - ref - A / tau)^2; awr -exp(A / tau) logp. A token adds w (u form + k KL - h entropy).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,37 @@ SUM_NAMES = (
     *("loss", "tokens", "sequences", "ratio", "ratio_deviation"),
     *("clipfrac_low", "clipfrac_high", "clipfrac_dual", "ppo_kl", "approx_kl", "kl", "entropy"),
 )
+
+
+class _Inputs(NamedTuple):
+    """What the op takes: tokens (B, T), or (T,) with cu_seqlens, in one dtype."""
+
+    logp: Tensor
+    advantages: Tensor  # or (B,)
+    old_logp: Tensor | None
+    mask: Tensor | None  # bool
+    cu_seqlens: Tensor | None  # (B+1,)
+    ref_logp: Tensor | None
+    entropy: Tensor | None
+    is_weight: Tensor | None
+    form: str
+    by_sequence: bool  # the ratio
+    # weight, clip low and high, dual clip, temperature, coefficients of KL and entropy
+    numbers: list[float]
+    estimator: str
+    mean: bool  # weights are over a sequence's tokens that count
+    spans: bool  # a pass over each sequence
+    wanted: str  # gradients: dlogp, dentropy
+
+    def gradients(self) -> list[Tensor | None]:
+        """Where those that are wanted go."""
+        names = ("dlogp", "dentropy")
+        return [torch.empty_like(self.logp) if name in self.wanted else None for name in names]
+
+    @property
+    def each(self) -> bool:
+        """Whether an advantage is of a sequence."""
+        return self.advantages.shape != self.logp.shape
 
 
 # 1. reference
@@ -77,6 +108,15 @@ def kl_loss_ref(d: Tensor, estimator: str) -> Tensor:
 
 
 # 2. in torch
+_Found = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, sums, dlogp, dentropy
+
+
+def _found(sums: Tensor, *grads: Tensor | None, loss: Tensor | None = None) -> _Found:
+    """What the op returns; a gradient that nobody wants is empty."""
+    dlogp, dentropy = (sums.new_empty(0) if x is None else x for x in grads)
+    return sums[0].clone() if loss is None else loss, sums, dlogp, dentropy
+
+
 def _clipped(
     ratio: Tensor, A: Tensor, low: float, high: float, dual: float, form: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -91,81 +131,62 @@ def _clipped(
     return loss, (-ratio * A).masked_fill(below | above | past, 0.0), below, above, past
 
 
-def _in_torch(
-    logp: Tensor,
-    advantages: Tensor,
-    old_logp: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    is_weight: Tensor | None,
-    form: str,
-    by_sequence: bool,
-    numbers: list[float],
-    estimator: str,
-    mean: bool,
-    spans: bool,
-    wanted: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, low, high, dual, temperature, kl_coef, entropy_coef = numbers
-    flat, B = logp.reshape(-1), num_sequences(logp, cu_seqlens)
-    keep = torch.ones_like(flat, dtype=torch.bool) if mask is None else mask.reshape(-1)
-    place = sequence_of(logp, cu_seqlens)
+def _in_torch(x: _Inputs) -> _Found:
+    weight, low, high, dual, temperature, kl_coef, entropy_coef = x.numbers
+    flat, B = x.logp.reshape(-1), num_sequences(x.logp, x.cu_seqlens)
+    keep = torch.ones_like(flat, dtype=torch.bool) if x.mask is None else x.mask.reshape(-1)
+    place = sequence_of(x.logp, x.cu_seqlens)
 
-    def tokens(x: Tensor | None, default: float = 0.0) -> Tensor:
-        if x is None:
+    def tokens(y: Tensor | None, default: float = 0.0) -> Tensor:
+        if y is None:
             return torch.full_like(flat, default)
-        x = x.reshape(-1) if x.shape == logp.shape else gather_rows(x, place)
-        return x.where(keep, default)
+        return (y.reshape(-1) if y.shape == x.logp.shape else y[place]).where(keep, default)
 
-    def over(x: Tensor) -> Tensor:
-        return sum_rows(x, place, B + 1)[:B]
+    def over(y: Tensor) -> Tensor:
+        """The sum over a token's sequence."""
+        return gather_rows(sum_rows(y, place, B + 1), place)
 
-    new, A, d = tokens(logp), tokens(advantages), tokens(logp) - tokens(ref_logp)
-    apart = torch.zeros_like(new) if old_logp is None else new - tokens(old_logp)
-    count = over(keep.to(flat.dtype))
-    of_place = count.clamp(min=1)
-    used = gather_rows(over(apart) / of_place, place) if by_sequence else apart
+    logp, A, d = tokens(x.logp), tokens(x.advantages), tokens(x.logp) - tokens(x.ref_logp)
+    apart = torch.zeros_like(logp) if x.old_logp is None else logp - tokens(x.old_logp)
+    count = over(keep.to(flat.dtype)).clamp(min=1)
+    used = over(apart) / count if x.by_sequence else apart
     inside = used.abs() <= MAX_LOG_RATIO
     ratio = used.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     none = torch.zeros_like(keep)
     bounds = (none, none, none)
-    if form == "apa":
+    if x.form == "apa":
         error = d - A / temperature
         loss, slope = error**2, 2 * error
-    elif form == "awr":
+    elif x.form == "awr":
         slope = -(A / temperature).clamp(max=MAX_LOG_RATIO).exp()
-        loss = slope * new
+        loss = slope * logp
     else:
-        loss, slope, *bounds = _clipped(ratio, A, low, high, dual, form)
+        loss, slope, *bounds = _clipped(ratio, A, low, high, dual, x.form)
         slope = slope.where(inside, 0.0)
-        if form == "cispo":
-            loss, slope = loss * new, loss
-    each = torch.full_like(new, weight)
-    each = (each / gather_rows(of_place, place) if mean else each).where(keep, 0.0)
-    importance = tokens(is_weight, 1.0)
-    kl = torch.zeros_like(new)
+        if x.form == "cispo":
+            loss, slope = loss * logp, loss
+    importance, kl = tokens(x.is_weight, 1.0), torch.zeros_like(logp)
     loss, slope = importance * loss, importance * slope
-    if ref_logp is not None:
-        kl = kl_estimate(d, estimator.removesuffix("+"))
-        bent = {"k1": torch.ones_like(d), "k2": d, "k3+": d}.get(estimator)
+    if x.ref_logp is not None:
+        kl = kl_estimate(d, x.estimator.removesuffix("+"))
+        bent = {"k1": torch.ones_like(d), "k2": d, "k3+": d}.get(x.estimator)
         if bent is None:
             bent = (-(-d).expm1()).where(d.abs() <= MAX_LOG_RATIO, 0.0)
         loss, slope = loss + kl_coef * kl, slope + kl_coef * bent
-    H, near = tokens(entropy), apart.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    loss = each * (loss - entropy_coef * H)
+    each = (weight / count if x.mean else torch.full_like(logp, weight)).where(keep, 0.0)
+    H, near = tokens(x.entropy), apart.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    full = sum_rows(keep.to(flat.dtype), place, B + 1) > 0
     counted = (ratio, (ratio - 1).abs(), *bounds, -near, near**2 / 2, kl, H)
-    parts = [loss, keep, count > 0, *(x.where(keep, 0) for x in counted)]
+    parts = [each * (loss - entropy_coef * H), keep, full, *(y.where(keep, 0) for y in counted)]
     out = logp.new_zeros(SUMS)
-    out[: len(parts)] = torch.stack([x.sum(dtype=torch.float64) for x in parts])
+    out[: len(parts)] = torch.stack([part.sum(dtype=torch.float64) for part in parts])
     out[-1] = torch.cat([ratio.where(keep, 0.0), ratio.new_zeros(1)]).max()
-    return (
-        out[0].clone(),
-        out,
-        (each * slope).view_as(logp) if "dlogp" in wanted else logp.new_empty(0),
-        (-entropy_coef * each).view_as(logp) if "dentropy" in wanted else logp.new_empty(0),
-    )
+    dlogp, dentropy = x.gradients()
+    if dlogp is not None:
+        dlogp.copy_((each * slope).view_as(dlogp))
+    if dentropy is not None:
+        dentropy.copy_((-entropy_coef * each).view_as(dentropy))
+    return _found(out, dlogp, dentropy)
 
 
 # 3. kernels
@@ -341,54 +362,35 @@ def _policy(
     tl.store(out + rest, tl.max(largest, 0), mask=rest > 11)
 
 
-def _in_triton(
-    logp: Tensor,
-    advantages: Tensor,
-    old_logp: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    is_weight: Tensor | None,
-    form: str,
-    by_sequence: bool,
-    numbers: list[float],
-    estimator: str,
-    mean: bool,
-    spans: bool,
-    wanted: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    programs = programs_for(logp, cu_seqlens, spans)
-    dlogp = torch.empty_like(logp) if "dlogp" in wanted else None
-    dentropy = torch.empty_like(logp) if "dentropy" in wanted else None
-    partials = new_partials(logp, programs)
+def _in_triton(x: _Inputs) -> _Found:
+    programs = programs_for(x.logp, x.cu_seqlens, x.spans)
+    partials, grads = new_partials(x.logp, programs), x.gradients()
     if programs:
         _policy[(programs,)](
-            *(logp, advantages, old_logp, mask, cu_seqlens, ref_logp, entropy, is_weight),
-            *(dlogp, dentropy, partials, logp.numel(), logp.shape[-1]),
-            *numbers[:4],
-            1 / numbers[4],  # a division would be a call
-            *numbers[5:],
-            FORM=form,
-            KL=estimator,
-            SPANS=spans,
-            WHOLE=whole_words(logp, cu_seqlens, spans),
-            EACH=advantages.shape != logp.shape,
-            BY_SEQUENCE=by_sequence,
-            MEAN=mean,
+            *x[:8],
+            *grads,
+            partials,
+            x.logp.numel(),
+            x.logp.shape[-1],
+            *x.numbers[:4],
+            1 / x.numbers[4],  # a division would be a call
+            *x.numbers[5:],
+            FORM=x.form,
+            KL=x.estimator,
+            SPANS=x.spans,
+            WHOLE=whole_words(x.logp, x.cu_seqlens, x.spans),
+            EACH=x.each,
+            BY_SEQUENCE=x.by_sequence,
+            MEAN=x.mean,
             SUMS=SUMS,
             BLOCK_T=BLOCK,
             num_warps=4,
         )
-    grads = (logp.new_empty(0) if x is None else x for x in (dlogp, dentropy))
-    return *fold(partials), *grads
+    loss, sums = fold(partials)
+    return _found(sums, *grads, loss=loss)
 
 
-# 4. ops; numbers: weight, low, high, dual, temperature, KL and entropy coefficients; spans: a
-# pass over each sequence; wanted names gradients
-_Found = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
+# 4. ops
 @torch.library.custom_op("fastpref::ppo_policy", mutates_args=())
 def policy_op(
     logp: Tensor,
@@ -407,15 +409,14 @@ def policy_op(
     spans: bool,
     wanted: str,
 ) -> _Found:
-    inputs = (logp, advantages, old_logp, mask, cu_seqlens, ref_logp, entropy, is_weight)
-    options = (form, by_sequence, numbers, estimator, mean, spans)
+    tokens = (logp, advantages, old_logp, mask, cu_seqlens, ref_logp, entropy, is_weight)
+    x = _Inputs(*tokens, form, by_sequence, numbers, estimator, mean, spans, wanted)
     backend = choose(logp.device.type, logp.dtype, "ppo")
     if backend != "cpp":
-        return (_in_triton if backend == "triton" else _in_torch)(*inputs, *options, wanted)
-    grads = [torch.empty_like(logp) if name in wanted else None for name in ("dlogp", "dentropy")]
-    sums = logp.new_zeros(SUMS)
-    torch.ops.fastpref_ppo.policy(*inputs, *options, *grads, sums)
-    return sums[0].clone(), sums, *(logp.new_empty(0) if x is None else x for x in grads)
+        return _in_triton(x) if backend == "triton" else _in_torch(x)
+    sums, grads = logp.new_zeros(SUMS), x.gradients()
+    torch.ops.fastpref_ppo.policy(*x[:-1], *grads, sums)
+    return _found(sums, *grads)
 
 
 @policy_op.register_fake

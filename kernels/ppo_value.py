@@ -42,6 +42,25 @@ _SUM_NAMES = (
 )
 
 
+class _Inputs(NamedTuple):
+    """What the op takes: tokens (B, T), or (T,) with cu_seqlens, in one dtype."""
+
+    values: Tensor
+    old_values: Tensor | None
+    returns: Tensor
+    mask: Tensor | None  # bool
+    cu_seqlens: Tensor | None  # (B+1,)
+    clip: float
+    weight: float  # of a token
+    mean: bool  # weights are over a sequence's tokens that count
+    spans: bool  # a pass over each sequence
+    gradient: bool
+
+    def gradients(self) -> Tensor | None:
+        """Where they go, if they are wanted."""
+        return torch.empty_like(self.values) if self.gradient else None
+
+
 # 1. reference
 def value_loss_ref(
     values: Tensor, old_values: Tensor | None, returns: Tensor, clip: float
@@ -55,36 +74,33 @@ def value_loss_ref(
 
 
 # 2. in torch
-def _in_torch(
-    values: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    clip: float,
-    weight: float,
-    mean: bool,
-    spans: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    keep = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    V, R = values.where(keep, 0.0), returns.where(keep, 0.0)
+_Found = tuple[Tensor, Tensor, Tensor]  # loss, sums, dvalues
+
+
+def _found(sums: Tensor, dvalues: Tensor | None, loss: Tensor | None = None) -> _Found:
+    """What the op returns; a gradient that nobody wants is empty."""
+    dvalues = sums.new_empty(0) if dvalues is None else dvalues
+    return sums[0].clone() if loss is None else loss, sums, dvalues
+
+
+def _in_torch(x: _Inputs) -> _Found:
+    keep = torch.ones_like(x.values, dtype=torch.bool) if x.mask is None else x.mask
+    V, R = x.values.where(keep, 0.0), x.returns.where(keep, 0.0)
     near = V
-    if old_values is not None:
-        old = old_values.where(keep, 0.0)
-        near = old + (V - old).clamp(-clip, clip)
+    if x.old_values is not None:
+        old = x.old_values.where(keep, 0.0)
+        near = old + (V - old).clamp(-x.clip, x.clip)
     binds = (near - R) ** 2 > (V - R) ** 2
-    place, B = sequence_of(values, cu_seqlens), num_sequences(values, cu_seqlens)
-    count = sum_rows(keep.flatten().to(V.dtype), place, B + 1)[:B]
-    each = keep.to(V.dtype) * weight
-    if mean:
+    place, B = sequence_of(V, x.cu_seqlens), num_sequences(V, x.cu_seqlens)
+    count = sum_rows(keep.flatten().to(V.dtype), place, B + 1)
+    each = keep.to(V.dtype) * x.weight
+    if x.mean:
         each = each / gather_rows(count.clamp(min=1), place).view_as(V)
-    loss = torch.where(binds, near - R, V - R) ** 2 / 2
-    parts = (each * loss, keep, count > 0, binds & keep, V, R, R**2, R - V, (R - V) ** 2)
-    out = values.new_zeros(SUMS)
-    out[: len(parts)] = torch.stack([x.sum(dtype=torch.float64) for x in parts])
-    slope = (each * (V - R)).masked_fill(binds, 0.0) if gradient else values.new_empty(0)
-    return out[0].clone(), out, slope
+    loss = each * torch.where(binds, near - R, V - R) ** 2 / 2
+    parts = (loss, keep, count > 0, binds & keep, V, R, R**2, R - V, (R - V) ** 2)
+    out = V.new_zeros(SUMS)
+    out[: len(parts)] = torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    return _found(out, (each * (V - R)).masked_fill(binds, 0.0) if x.gradient else None)
 
 
 # 3. kernel
@@ -167,36 +183,30 @@ def _value(
     tl.store(out + rest, 0.0, mask=rest > 8)
 
 
-def _in_triton(
-    values: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    clip: float,
-    weight: float,
-    mean: bool,
-    spans: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    programs = programs_for(values, cu_seqlens, spans)
-    dvalues = torch.empty_like(values) if gradient else None
-    partials = new_partials(values, programs)
+def _in_triton(x: _Inputs) -> _Found:
+    programs = programs_for(x.values, x.cu_seqlens, x.spans)
+    partials, dvalues = new_partials(x.values, programs), x.gradients()
     if programs:
         _value[(programs,)](
-            *(values, old_values, returns, mask, cu_seqlens, dvalues, partials),
-            *(values.numel(), values.shape[-1], clip, weight),
-            MEAN=mean,
-            SPANS=spans,
-            WHOLE=whole_words(values, cu_seqlens, spans),
+            *x[:5],
+            dvalues,
+            partials,
+            x.values.numel(),
+            x.values.shape[-1],
+            x.clip,
+            x.weight,
+            MEAN=x.mean,
+            SPANS=x.spans,
+            WHOLE=whole_words(x.values, x.cu_seqlens, x.spans),
             SUMS=SUMS,
             BLOCK_T=BLOCK,
             num_warps=4,
         )
-    return *fold(partials), values.new_empty(0) if dvalues is None else dvalues
+    loss, sums = fold(partials)
+    return _found(sums, dvalues, loss)
 
 
-# 4. ops; spans: a pass over each sequence
+# 4. ops
 @torch.library.custom_op("fastpref::ppo_value", mutates_args=())
 def _op(
     values: Tensor,
@@ -210,14 +220,14 @@ def _op(
     spans: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    args = (values, old_values, returns, mask, cu_seqlens, clip, weight, mean, spans)
+    tokens = (values, old_values, returns, mask, cu_seqlens)
+    x = _Inputs(*tokens, clip, weight, mean, spans, gradient)
     backend = choose(values.device.type, values.dtype, "ppo")
     if backend != "cpp":
-        return (_in_triton if backend == "triton" else _in_torch)(*args, gradient)
-    dvalues = torch.empty_like(values) if gradient else None
-    sums = values.new_zeros(SUMS)
-    torch.ops.fastpref_ppo.value(*args, dvalues, sums)
-    return sums[0].clone(), sums, values.new_empty(0) if dvalues is None else dvalues
+        return _in_triton(x) if backend == "triton" else _in_torch(x)
+    sums, dvalues = values.new_zeros(SUMS), x.gradients()
+    torch.ops.fastpref_ppo.value(*x[:-1], dvalues, sums)
+    return _found(sums, dvalues)
 
 
 @_op.register_fake
