@@ -173,23 +173,37 @@ struct Lanes {
   using Vec = Vectorized<W>;
   int64_t t, size;
   Vec keep;  // 1 or 0
+  Vec on;    // the same as bits
 
   Lanes(const bool* mask, int64_t t, int64_t end)
-      : t(t), size(std::min<int64_t>(Vec::size(), end - t)) {
+      : t(t), size(std::min<int64_t>(Vec::size(), end - t)), keep(1) {
+    if (mask == nullptr && size == Vec::size()) {
+      on = keep > Vec(0);
+      return;
+    }
     W flags[Vec::size()] = {};
-    for (int64_t i = 0; i < size; ++i) {
-      flags[i] = mask == nullptr || mask[t + i] ? 1 : 0;
+    if (mask != nullptr && size == Vec::size()) {
+      for (int i = 0; i < Vec::size(); ++i) {  // of a known length: a vector's conversion
+        flags[i] = static_cast<W>(mask[t + i]);
+      }
+    } else {
+      for (int64_t i = 0; i < size; ++i) {
+        flags[i] = mask == nullptr || mask[t + i] ? 1 : 0;
+      }
     }
     keep = Vec::loadu(flags);
+    on = keep > Vec(0);
   }
 
   Vec where(const Vec& condition, const Vec& yes, const Vec& no) const {
     return Vec::blendv(no, yes, condition);
   }
 
-  Vec kept(const Vec& x) const { return Vec::blendv(Vec(0), x, keep > Vec(0)); }
+  Vec kept(const Vec& x) const { return Vec::blendv(Vec(0), x, on); }
 
-  Vec read(const W* from) const { return kept(Vec::loadu(from + t, size)); }
+  Vec read(const W* from) const {
+    return kept(size == Vec::size() ? Vec::loadu(from + t) : Vec::loadu(from + t, size));
+  }
 
   void write(const Vec& x, W* to) const { x.store(to + t, size); }
 };
@@ -305,6 +319,16 @@ struct Policy {
             over & (A > zero) & one, past & one};
   }
 
+  // exp(-d) - 1 + d by Taylor, where 1 would swallow d
+  static Vec series(const Vec& d) {
+    constexpr int kTerms = std::is_same_v<W, double> ? 12 : 6;
+    Vec tail(1);
+    for (int n = kTerms; n > 2; --n) {
+      tail = Vec(1) - d * Vec(W(1) / n) * tail;
+    }
+    return d * d * Vec(W(0.5)) * tail;
+  }
+
   void kl(const Lanes<W>& at, const Vec& d, Vec& loss, Vec& slope, Vec& sum) const {
     if (ref_logp == nullptr) {
       return;
@@ -315,9 +339,9 @@ struct Policy {
       bent = d;
     } else if (estimator != kK1) {
       const Vec bound = at::vec::clamp(d, Vec(-kMaxLogRatio), Vec(kMaxLogRatio));
-      const Vec less = bound.neg().expm1();
-      k = less + bound;
-      bent = estimator == kK3Plus ? d : at.where(bound == d, less.neg(), Vec(0));
+      const Vec less = Vec(1) - bound.neg().exp();
+      k = at.where(bound.abs() < Vec(W(0.1)), series(bound), bound - less);
+      bent = estimator == kK3Plus ? d : at.where(bound == d, less, Vec(0));
     }
     loss = loss + Vec(kl_coef) * k;
     slope = slope + Vec(kl_coef) * bent;
