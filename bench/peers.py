@@ -124,3 +124,33 @@ def liger_from_logits():
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return lambda logits, target: -liger_cross_entropy(logits, target, reduction="none")
+
+
+def liger_grpo(chunk, clip, kl_coef):
+    """GRPO's loss, ``fn(hidden (B, T, H), weight, target (B, T), mask, advantages (B,), old_logp,
+    ref_logp)``, with gradients in the forward; ``chunk`` sequences at a time, of which 1 is its own
+    choice; compiled."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(kl_coef, chunk_size=chunk, epsilon_low=clip, epsilon_high=clip)
+
+    def fn(hidden, weight, target, mask, advantages, old_logp, ref_logp):
+        models = {"old_per_token_logps": old_logp, "ref_per_token_logps": ref_logp}
+        return loss(hidden, weight, target, mask, advantages, **models)[0]
+
+    return fn
+
+
+def liger_grpo_from_logits(clip, kl_coef):
+    """The same of its Triton kernels, which write the gradient over the logits."""
+    need_cuda()
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    options = {"beta": kl_coef, "eps_low": clip, "eps_high": clip, "temperature": 1.0}
+
+    def fn(hidden, weight, target, mask, advantages, old_logp, ref_logp):
+        logits = F.pad(hidden, (0, 0, 0, 1)) @ weight.t()  # of what follows the last token too
+        models = (logits, old_logp, ref_logp)
+        return triton_grpo_loss(*models, target, advantages, mask, reduce=True, **options)[0]
+
+    return fn

@@ -21,13 +21,15 @@ from bench.harness import ROOT, facts, write
 from bench.measure import is_ours, measure
 from bench.table import markdown
 
-OPS = ("linear_logp", "logp_from_logits", "linear_kl", "preference")
+OPS = ("linear_logp", "logp_from_logits", "linear_kl", "preference", "gae", "ppo_policy")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TESTS = ROOT / "tests"
 OTHERS = {
     "linear_logp": ("active_columns", "vocab_parallel", "cuda"),
     "logp_from_logits": ("cuda",),
     "linear_kl": ("cuda",),
+    "gae": ("ppo_peers",),
+    "ppo_policy": ("ppo_value", "ppo_peers"),
 }
 
 

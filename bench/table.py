@@ -8,7 +8,11 @@ from pathlib import Path
 
 from bench.harness import RESULTS
 
-ERRORS = ("logp_error", "dhidden_error", "dweight_error", "dlogits_error", "loss_difference")
+ERRORS = (
+    *("logp_error", "advantages_error", "returns_error", "loss_error"),
+    *("dhidden_error", "dweight_error", "dlogits_error", "dlogp_error", "dvalues_error"),
+    "loss_difference",
+)
 RATES = {"tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "tokens_per_second": "tokens/s"}
 
 

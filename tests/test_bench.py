@@ -19,7 +19,16 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # bench/ is no part of the package; last: kernels/ is no package at all
 
-from bench import bench_linear_logp, bench_logp_from_logits, harness, measure, run, table  # noqa: E402
+from bench import (  # noqa: E402
+    bench_gae,
+    bench_linear_logp,
+    bench_logp_from_logits,
+    bench_ppo_policy,
+    harness,
+    measure,
+    run,
+    table,
+)
 from bench.bench_logp_from_logits import PASSES  # noqa: E402
 from bench.measure import Provider  # noqa: E402
 
@@ -309,9 +318,15 @@ CASES = [
         bench_logp_from_logits.Case(name, "cpu", dtype, 20, 300)
         for name, dtype in zip(PASSES, ("bf16", "fp32", "fp32"), strict=True)
     ),
+    *(bench_gae.Case(name, "cpu", 4, 130) for name in bench_gae.BYTES),
+    *(bench_ppo_policy.Case(name, "cpu", 4, 130, True) for name in bench_ppo_policy.INPUTS),
+    bench_ppo_policy.FromHidden("cpu", "fp32", 4, 16, 16, 300),
 ]
 EXACT_FROM_BF16 = {("linear_logp", "torch_fp32_product"), ("logp_from_logits", "torch")}
-COMPILED = {"torch_compile", "cut_cross_entropy", "liger_dpo"}  # these take long
+COMPILED = {  # these take long
+    *("torch_compile", "torch_compile_scan", "cut_cross_entropy"),
+    *("liger_dpo", "liger_grpo", "liger_grpo_whole"),
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -332,7 +347,8 @@ def test_providers_of_a_case_compute_the_same(case, monkeypatch):
         rounded = rounded and (case.op, name) not in EXACT_FROM_BF16
         assert found and max(found.values()) < (0.3 if rounded else 1e-4), name
         right.append(name)
-    assert len([name for name in right if measure.is_ours(name)]) >= 2 and "torch" in right
+    assert len([name for name in right if measure.is_ours(name)]) >= 2
+    assert {"torch", "torch_loop"} & set(right)
 
 
 def test_the_loss_and_the_live_rows_of_a_case():
@@ -344,11 +360,24 @@ def test_the_loss_and_the_live_rows_of_a_case():
     assert float(CASES[1].loss(logp, target)) == -4 * 2 * (1 + 3)
 
 
+def test_the_least_bytes_of_tokens():
+    tokens = {case.name: case for case in CASES if hasattr(case, "B") and hasattr(case, "name")}
+    policy, bundle, value = (tokens[name] for name in bench_ppo_policy.INPUTS)
+    one_gradient = 4 + 8  # written, then scaled
+    assert policy.cost * 8 == value.cost * 8 == 3 * 4 + 1 + one_gradient
+    assert bundle.cost * 8 == 6 * 4 + 1 + 2 * one_gradient
+    packed = tokens["packed"]
+    flat = packed.load().flat
+    assert packed.cost * packed.work == pytest.approx(16e-9 * len(flat["values"]))
+    assert len(flat["values"]) == flat["cu_seqlens"][-1] < packed.B * packed.T
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_measuring_on_a_gpu(case, monkeypatch):
     monkeypatch.setitem(measure.ROUNDS, "cuda", 3)
-    rows, said = measured(dataclasses.replace(case, device="cuda", dtype="bf16"))
+    changes = {"device": "cuda"} | ({"dtype": "bf16"} if hasattr(case, "dtype") else {})
+    rows, said = measured(dataclasses.replace(case, **changes))
     ours = [row for row in rows if measure.is_ours(row["provider"])]
     assert len(ours) >= 2 and not [reason for reason in said if "fastpref" in reason]
     assert all(row["peak_mib"] > 0 and row["floor_ms"] > 0 for row in ours)
@@ -421,7 +450,7 @@ def test_pytest_benchmark_finds_every_case():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     found = [line for line in done.stdout.splitlines() if "::test_" in line]
-    for module in (bench_linear_logp, bench_logp_from_logits):
+    for module in (bench_linear_logp, bench_logp_from_logits, bench_gae, bench_ppo_policy):
         for case in module.cases(run.DEVICE):
             for name in (case.ceiling, *case.providers()):
                 assert any(f"[{case}-{name}]" in line for line in found)
