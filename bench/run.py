@@ -28,8 +28,8 @@ OTHERS = {
     "linear_logp": ("active_columns", "vocab_parallel", "cuda"),
     "logp_from_logits": ("cuda",),
     "linear_kl": ("cuda",),
-    "gae": ("ppo_peers",),
-    "ppo_policy": ("ppo_value", "ppo_peers"),
+    "gae": ("cuda", "ppo_peers"),
+    "ppo_policy": ("cuda", "ppo_value", "ppo_peers"),
 }
 
 
