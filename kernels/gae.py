@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpref.kernels.backend import choose
 from fastpref.kernels.sequences import (
+    aligned,
     as_flags,
     check_tokens,
     constants,
@@ -252,7 +253,7 @@ def _gae(
             kl += d
             penalties += penalty
     if SHAPED:
-        out = partial_ptr + b * SUMS
+        out = partial_ptr + b.to(tl.int64) * SUMS
         tl.store(out, tl.sum(tokens, 0))
         tl.store(out + 1, tl.sum(total, 0))
         tl.store(out + 2, tl.sum(squares, 0))
@@ -274,7 +275,7 @@ def _in_triton(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
         per_warp = 32 * (_PER_SHAPING_THREAD if shaped else _PER_THREAD)
         block = min(max(triton.next_power_of_2(width), per_warp), 4 * per_warp)
         _gae[(B,)](
-            *x[:8],
+            *map(aligned, x[:8]),
             advantages,
             returns,
             partials if shaped else None,
@@ -368,7 +369,7 @@ def _whiten_in_triton(
     out = torch.empty_like(x)
     if x.numel():
         grid = (triton.cdiv(x.numel(), _WHITEN_BLOCK),)
-        args = (x, mask, moments, out, x.numel(), eps, float(unbiased))
+        args = (aligned(x), aligned(mask), moments, out, x.numel(), eps, float(unbiased))
         whole = whole_words(x, None, False)
         _whiten[grid](*args, WHOLE=whole, BLOCK_T=_WHITEN_BLOCK, num_warps=8)
     return out

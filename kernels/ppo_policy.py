@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpref.kernels.backend import choose
 from fastpref.kernels.gae import MAX_LOG_RATIO, kl_estimate
@@ -19,6 +20,7 @@ from fastpref.kernels.sequences import (
     BLOCK,
     SUMS,
     WORD,
+    aligned,
     fold,
     kept,
     kl_of,
@@ -344,7 +346,7 @@ def _policy(
         ppo_kl -= tl.sum(near, 1)
         approx_kl += tl.sum(0.5 * near * near, 1)
         largest = tl.maximum(largest, tl.max(tl.where(keep, ratio, 0.0), 1))
-    out = partial_ptr + p * SUMS
+    out = partial_ptr + p.to(tl.int64) * SUMS
     count = tl.sum(tokens, 0)
     tl.store(out, per_token * tl.sum(loss_sum, 0))
     tl.store(out + 1, count)
@@ -367,7 +369,7 @@ def _in_triton(x: _Inputs) -> _Found:
     partials, grads = new_partials(x.logp, programs), x.gradients()
     if programs:
         _policy[(programs,)](
-            *x[:8],
+            *map(aligned, x[:8]),
             *grads,
             partials,
             x.logp.numel(),
@@ -435,6 +437,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grads = [
         None if dloss is None or not wanted else dloss * d

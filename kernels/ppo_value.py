@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpref.kernels.backend import choose
 from fastpref.kernels.gather_rows import gather_rows, sum_rows
@@ -17,6 +18,7 @@ from fastpref.kernels.sequences import (
     SUMS,
     WORD,
     aggregation,
+    aligned,
     as_flags,
     check_constants,
     check_reduction,
@@ -168,7 +170,7 @@ def _value(
         return_squares += tl.sum(target * target, 1)
         errors += tl.sum(error, 1)
         error_squares += tl.sum(error * error, 1)
-    out = partial_ptr + tl.program_id(0) * SUMS
+    out = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS
     count = tl.sum(tokens, 0)
     tl.store(out, per_token * tl.sum(losses, 0))
     tl.store(out + 1, count)
@@ -188,7 +190,7 @@ def _in_triton(x: _Inputs) -> _Found:
     partials, dvalues = new_partials(x.values, programs), x.gradients()
     if programs:
         _value[(programs,)](
-            *x[:5],
+            *map(aligned, x[:5]),
             dvalues,
             partials,
             x.values.numel(),
@@ -243,6 +245,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     (dvalues,) = ctx.saved_tensors
     return None if dloss is None else dloss * dvalues, *[None] * 9

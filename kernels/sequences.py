@@ -176,6 +176,11 @@ def programs_for(tokens: Tensor, cu_seqlens: Tensor | None, spans: bool) -> int:
     return min(triton.cdiv(tokens.numel(), BLOCK), _MAX_PROGRAMS)
 
 
+def aligned(x: Tensor | None) -> Tensor | None:
+    """For reads of whole words of 16 bytes, which else could pass the end of a view's memory."""
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+
+
 def whole_words(tokens: Tensor, cu_seqlens: Tensor | None, spans: bool) -> bool:
     """Whether no word is shared between programs."""
     length = tokens.shape[-1] if spans else tokens.numel()

@@ -425,6 +425,33 @@ def test_backward_scales_and_repeats():
         assert torch.equal(ppo_policy_loss(logp=logp, **x, mask=mask).loss, loss)
 
 
+def test_a_second_derivative_is_refused():
+    x, mask = batch(2, 9)
+    logp = x.pop("logp").requires_grad_()
+    loss = ppo_policy_loss(logp=logp, **x, mask=mask).loss
+    (grad,) = torch.autograd.grad(loss**2, logp, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiat"):
+        torch.autograd.grad(grad.sum(), logp)
+
+
+def test_views_that_start_within_a_word():
+    x, mask = batch(1, 300)
+    cu = torch.tensor([0, 7, 100, 299], device=DEV)
+
+    def loss(x, start):
+        x = {k: v.flatten()[start:] for k, v in x.items()}
+        at = mask.flatten()[start:]
+        how = {"loss_agg_mode": "seq-mean-token-mean", "kl_coef": 0.1, "entropy_coef": 0.1}
+        return ppo_policy_loss(**x, mask=at, cu_seqlens=cu, **how).loss
+
+    apart = {k: v[:, 1:].clone() for k, v in x.items()}
+    views = gradients(lambda x: loss(x, 1), x)
+    mask = mask[:, 1:]
+    copies = gradients(lambda x: loss(x, 0), apart)
+    views = {k: v if k == "loss" else v[:, 1:] for k, v in views.items()}
+    assert_same(views, copies)
+
+
 # the op
 def test_opcheck():
     x, mask = batch(2, 5)
