@@ -277,6 +277,12 @@ def loop(code):
     return body if start < end else code
 
 
+def width(name):
+    """Bytes that a thread moves with a load or a store."""
+    found = re.search(r"\.[US]?(8|16|64|128)\b", name)
+    return int(found[1]) // 8 if found else 4
+
+
 def measure(case, capability):
     """A row of the table."""
     launch, bytes_moved, flop = CASES[case]
@@ -307,6 +313,7 @@ def measure(case, capability):
     body = loop(code)
     steps = len(body) / elements
     exps = sum(name.startswith("MUFU") for _, name, _ in body) / elements
+    moved = sum(width(name) for _, name, _ in body if name.startswith(("LDG", "STG"))) / elements
     picoseconds = {
         "memory": bytes_moved / BYTES,
         "instructions": steps / LANES,
@@ -317,6 +324,7 @@ def measure(case, capability):
         "warps": recorder.options["num_warps"],
         "bytes_per_element": bytes_moved,
         "flop_per_element": flop,
+        "loop_bytes_per_element": moved,
         "instructions_per_element": round(steps, 1),
         "h200_ps_per_element": {k: round(1e12 * v, 2) for k, v in picoseconds.items()},
         "h200_bound": bound,
