@@ -243,7 +243,7 @@ void each_lanes(const bool* mask, int64_t start, int64_t end, const F& visit) {
 }
 
 // calls `visit(b, start, end, parts)` for every span, adds the parts up in order and stores them
-template <typename W, int kSums, typename F>
+template <int kSums, typename F>
 double sum_spans(const Spans& spans, Tensor& sums, const F& visit) {
   std::vector<double> parts(spans.count * kSums), largest(spans.count);
   spans.each([&](int64_t b, int64_t start, int64_t end) {
@@ -253,7 +253,7 @@ double sum_spans(const Spans& spans, Tensor& sums, const F& visit) {
   for (size_t i = 0; i < parts.size(); ++i) {
     total[i % kSums] += parts[i];
   }
-  std::copy_n(total, kSums, sums.mutable_data_ptr<W>());
+  std::copy_n(total, kSums, sums.mutable_data_ptr<double>());
   return std::accumulate(largest.begin(), largest.end(), 0.0,
                          [](double a, double b) { return std::max(a, b); });
 }
@@ -440,8 +440,14 @@ void policy(const Tensor& logp, const Tensor& advantages, const std::optional<Te
                          number(6), estimator_of(estimator), written<W>(dlogp),
                          written<W>(dentropy)};
     const Spans where = spans ? Spans(logp, cu_seqlens) : Spans(logp);
-    sums[-1] = sum_spans<W, kPolicySums>(where, sums, loss);
+    sums[-1] = sum_spans<kPolicySums>(where, sums, loss);
   });
+}
+
+// sums of numbers and their squares, from those of their distances to an anchor
+void from_anchor(double anchor, double count, double& total, double& squares) {
+  squares += 2 * anchor * total + count * anchor * anchor;
+  total += count * anchor;
 }
 
 // sums over tokens, in the order of ppo_value.py
@@ -466,9 +472,14 @@ struct Value {
           mask ? std::count(mask + start, mask + end, true) : end - start;
       per_token = weight / static_cast<W>(std::max<int64_t>(count, 1));
     }
+    // of numbers far from 0 little would be left of the variance: squares of distances to one
+    const int64_t some = mask ? std::find(mask + start, mask + end, true) - mask : start;
+    const W return_anchor = some < end ? returns[some] : W(0);
+    const W error_anchor = some < end ? returns[some] - values[some] : W(0);
     Sums<W, kValueSums> sums;
     each_lanes<W>(mask, start, end, [&](const Lanes<W>& at) {
       const Vec V = at.read(values), R = at.read(returns), error = R - V;
+      const Vec away = at.kept(R - Vec(return_anchor)), error_away = at.kept(error - Vec(error_anchor));
       Vec near = V;
       if (old_values) {
         const Vec old = at.read(old_values);
@@ -485,10 +496,10 @@ struct Value {
       add(kValueCount, at.keep);
       add(kClipped, binds & Vec(1));
       add(kValues, V);
-      add(kReturns, R);
-      add(kReturnsSquared, R * R);
-      add(kError, error);
-      add(kErrorSquared, square);
+      add(kReturns, away);
+      add(kReturnsSquared, away * away);
+      add(kError, error_away);
+      add(kErrorSquared, error_away * error_away);
       if ((at.t - start) % kBlock == 0) {
         sums.close_block();
       }
@@ -497,6 +508,8 @@ struct Value {
     std::copy_n(sums.total, kValueSums, out);
     out[kValueLoss] *= per_token;
     out[kValueSequences] = out[kValueCount] > 0;
+    from_anchor(return_anchor, out[kValueCount], out[kReturns], out[kReturnsSquared]);
+    from_anchor(error_anchor, out[kValueCount], out[kError], out[kErrorSquared]);
     return 0;
   }
 };
@@ -510,7 +523,7 @@ void value(const Tensor& values, const std::optional<Tensor>& old_values, const 
     const Value<W> loss{values.const_data_ptr<W>(), data<W>(old_values), returns.const_data_ptr<W>(),
                         data<bool>(mask), static_cast<W>(clip), static_cast<W>(weight), mean,
                         written<W>(dvalues)};
-    sum_spans<W, kValueSums>(spans ? Spans(values, cu_seqlens) : Spans(values), sums, loss);
+    sum_spans<kValueSums>(spans ? Spans(values, cu_seqlens) : Spans(values), sums, loss);
   });
 }
 

@@ -21,6 +21,7 @@ from fastpref.kernels.sequences import (
     fold,
     kept,
     kl_of,
+    moments,
     new_partials,
     num_sequences,
     padded,
@@ -112,7 +113,7 @@ def _in_torch(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
         reward[torch.arange(len(last), device=like.device), last] += scores
     end = none if x.bootstrap is None else x.bootstrap
     found = gae_ref(reward, rows(x.values), keep, end, x.gamma, x.lam)
-    parts = (keep, found[0], found[0] ** 2, d, penalty, full, scores)
+    parts = (keep, found[0], found[0].double() ** 2, d, penalty, full, scores)
     sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
     if x.cu_seqlens is not None:
         at, flat = (place[there],), torch.zeros_like(like)
@@ -199,7 +200,8 @@ def _gae(
     if bootstrap_ptr is not None:
         state = gamma * tl.load(bootstrap_ptr + b)
     tokens = tl.zeros((BLOCK_T,), tl.float32)
-    total = tokens
+    anchor = tokens
+    away = tokens
     squares = tokens
     kl = tokens
     penalties = tokens
@@ -247,16 +249,19 @@ def _gae(
         write(advantages_ptr, t, advantage, start, end, WHOLE)
         write(returns_ptr, t, advantage + value, start, end, WHOLE)
         if SHAPED:
+            anchor = tl.where(keep & (tokens == 0), advantage, anchor)
+            far = tl.where(keep, advantage - anchor, 0.0)
             tokens += tl.where(keep, 1.0, 0.0)
-            total += advantage
-            squares += advantage * advantage
+            away += far
+            squares += far * far
             kl += d
             penalties += penalty
     if SHAPED:
         out = partial_ptr + b.to(tl.int64) * SUMS
         tl.store(out, tl.sum(tokens, 0))
-        tl.store(out + 1, tl.sum(total, 0))
-        tl.store(out + 2, tl.sum(squares, 0))
+        total, total_squares = moments(tokens, anchor, away, squares)
+        tl.store(out + 1, total)
+        tl.store(out + 2, total_squares)
         tl.store(out + 3, tl.sum(kl, 0))
         tl.store(out + 4, tl.sum(penalties, 0))
         tl.store(out + 5, tl.where(last >= start, 1.0, 0.0))
@@ -291,7 +296,7 @@ def _in_triton(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
             num_warps=block // per_warp,
         )
     sums = fold(partials)[1] if shaped else partials.new_zeros(len(_SUM_NAMES))
-    return advantages, returns, sums[: len(_SUM_NAMES)].double()
+    return advantages, returns, sums[: len(_SUM_NAMES)]
 
 
 # 3. ops

@@ -113,10 +113,10 @@ def kl_loss_ref(d: Tensor, estimator: str) -> Tensor:
 _Found = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, sums, dlogp, dentropy
 
 
-def _found(sums: Tensor, *grads: Tensor | None, loss: Tensor | None = None) -> _Found:
+def _found(x: _Inputs, loss: Tensor, sums: Tensor, *grads: Tensor | None) -> _Found:
     """What the op returns; a gradient that nobody wants is empty."""
-    dlogp, dentropy = (sums.new_empty(0) if x is None else x for x in grads)
-    return sums[0].clone() if loss is None else loss, sums, dlogp, dentropy
+    dlogp, dentropy = (x.logp.new_empty(0) if grad is None else grad for grad in grads)
+    return loss.to(x.logp.dtype, copy=True), sums, dlogp, dentropy
 
 
 def _clipped(
@@ -180,7 +180,7 @@ def _in_torch(x: _Inputs) -> _Found:
     full = sum_rows(keep.to(flat.dtype), place, B + 1) > 0
     counted = (ratio, (ratio - 1).abs(), *bounds, -near, near**2 / 2, kl, H)
     parts = [each * (loss - entropy_coef * H), keep, full, *(y.where(keep, 0) for y in counted)]
-    out = logp.new_zeros(SUMS)
+    out = logp.new_zeros(SUMS, dtype=torch.float64)
     out[: len(parts)] = torch.stack([part.sum(dtype=torch.float64) for part in parts])
     out[-1] = torch.cat([ratio.where(keep, 0.0), ratio.new_zeros(1)]).max()
     dlogp, dentropy = x.gradients()
@@ -188,7 +188,7 @@ def _in_torch(x: _Inputs) -> _Found:
         dlogp.copy_((each * slope).view_as(dlogp))
     if dentropy is not None:
         dentropy.copy_((-entropy_coef * each).view_as(dentropy))
-    return _found(out, dlogp, dentropy)
+    return _found(x, out[0], out, dlogp, dentropy)
 
 
 # 3. kernels
@@ -388,8 +388,7 @@ def _in_triton(x: _Inputs) -> _Found:
             BLOCK_T=BLOCK,
             num_warps=4,
         )
-    loss, sums = fold(partials)
-    return _found(sums, *grads, loss=loss)
+    return _found(x, *fold(partials), *grads)
 
 
 # 4. ops
@@ -416,9 +415,9 @@ def policy_op(
     backend = choose(logp.device.type, logp.dtype, "ppo")
     if backend != "cpp":
         return _in_triton(x) if backend == "triton" else _in_torch(x)
-    sums, grads = logp.new_zeros(SUMS), x.gradients()
+    sums, grads = logp.new_zeros(SUMS, dtype=torch.float64), x.gradients()
     torch.ops.fastpref_ppo.policy(*x[:-1], *grads, sums)
-    return _found(sums, *grads)
+    return _found(x, sums[0], sums, *grads)
 
 
 @policy_op.register_fake
@@ -427,7 +426,8 @@ def _(logp, *args):  # type: ignore[no-untyped-def]
         torch.empty_like(logp) if name in args[-1] else logp.new_empty(0)
         for name in ("dlogp", "dentropy")
     )
-    return logp.new_empty(()), logp.new_empty(SUMS), *grads
+    sums = logp.new_empty(SUMS, dtype=torch.float64)
+    return logp.new_empty(()), sums, *grads
 
 
 # 5. autograd

@@ -25,6 +25,7 @@ from fastpref.kernels.sequences import (
     check_tokens,
     fold,
     kept,
+    moments,
     new_partials,
     num_sequences,
     programs_for,
@@ -79,10 +80,10 @@ def value_loss_ref(
 _Found = tuple[Tensor, Tensor, Tensor]  # loss, sums, dvalues
 
 
-def _found(sums: Tensor, dvalues: Tensor | None, loss: Tensor | None = None) -> _Found:
+def _found(x: _Inputs, loss: Tensor, sums: Tensor, dvalues: Tensor | None) -> _Found:
     """What the op returns; a gradient that nobody wants is empty."""
-    dvalues = sums.new_empty(0) if dvalues is None else dvalues
-    return sums[0].clone() if loss is None else loss, sums, dvalues
+    dvalues = x.values.new_empty(0) if dvalues is None else dvalues
+    return loss.to(x.values.dtype, copy=True), sums, dvalues
 
 
 def _in_torch(x: _Inputs) -> _Found:
@@ -99,10 +100,12 @@ def _in_torch(x: _Inputs) -> _Found:
     if x.mean:
         each = each / gather_rows(count.clamp(min=1), place).view_as(V)
     loss = each * torch.where(binds, near - R, V - R) ** 2 / 2
-    parts = (loss, keep, count > 0, binds & keep, V, R, R**2, R - V, (R - V) ** 2)
-    out = V.new_zeros(SUMS)
+    squares = (x.double() ** 2 for x in (R, R - V))
+    parts = (loss, keep, count > 0, binds & keep, V, R, next(squares), R - V, next(squares))
+    out = V.new_zeros(SUMS, dtype=torch.float64)
     out[: len(parts)] = torch.stack([part.sum(dtype=torch.float64) for part in parts])
-    return _found(out, (each * (V - R)).masked_fill(binds, 0.0) if x.gradient else None)
+    dvalues = (each * (V - R)).masked_fill(binds, 0.0) if x.gradient else None
+    return _found(x, out[0], out, dvalues)
 
 
 # 3. kernel
@@ -142,9 +145,11 @@ def _value(
     losses = none
     clipped = none
     value_sum = none
-    return_sum = none
-    return_squares = none
-    errors = none
+    target_anchor = none
+    target_away = none
+    target_squares = none
+    error_anchor = none
+    error_away = none
     error_squares = none
     for e in range(first, end, step):
         t = e + lanes
@@ -163,12 +168,18 @@ def _value(
         if dvalues_ptr is not None:
             grad = tl.where(binds, 0.0, -per_token * error)
             write(dvalues_ptr, t, grad, start, end, WHOLE)
-        tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
+        here = tl.sum(tl.where(keep, 1.0, 0.0), 1)
+        first_mean = 1 / tl.maximum(here, 1.0)
+        target_anchor = tl.where(tokens == 0, tl.sum(target, 1) * first_mean, target_anchor)
+        error_anchor = tl.where(tokens == 0, tl.sum(error, 1) * first_mean, error_anchor)
+        target = tl.where(keep, target - target_anchor[:, None], 0.0)
+        error = tl.where(keep, error - error_anchor[:, None], 0.0)
+        tokens += here
         clipped += tl.sum(tl.where(binds, 1.0, 0.0), 1)
         value_sum += tl.sum(value, 1)
-        return_sum += tl.sum(target, 1)
-        return_squares += tl.sum(target * target, 1)
-        errors += tl.sum(error, 1)
+        target_away += tl.sum(target, 1)
+        target_squares += tl.sum(target * target, 1)
+        error_away += tl.sum(error, 1)
         error_squares += tl.sum(error * error, 1)
     out = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS
     count = tl.sum(tokens, 0)
@@ -177,10 +188,12 @@ def _value(
     tl.store(out + 2, tl.where(count > 0, 1.0, 0.0))
     tl.store(out + 3, tl.sum(clipped, 0))
     tl.store(out + 4, tl.sum(value_sum, 0))
-    tl.store(out + 5, tl.sum(return_sum, 0))
-    tl.store(out + 6, tl.sum(return_squares, 0))
-    tl.store(out + 7, tl.sum(errors, 0))
-    tl.store(out + 8, tl.sum(error_squares, 0))
+    total, squares = moments(tokens, target_anchor, target_away, target_squares)
+    tl.store(out + 5, total)
+    tl.store(out + 6, squares)
+    total, squares = moments(tokens, error_anchor, error_away, error_squares)
+    tl.store(out + 7, total)
+    tl.store(out + 8, squares)
     rest = tl.arange(0, SUMS)
     tl.store(out + rest, 0.0, mask=rest > 8)
 
@@ -204,8 +217,7 @@ def _in_triton(x: _Inputs) -> _Found:
             BLOCK_T=BLOCK,
             num_warps=4,
         )
-    loss, sums = fold(partials)
-    return _found(sums, dvalues, loss)
+    return _found(x, *fold(partials), dvalues)
 
 
 # 4. ops
@@ -227,15 +239,16 @@ def _op(
     backend = choose(values.device.type, values.dtype, "ppo")
     if backend != "cpp":
         return _in_triton(x) if backend == "triton" else _in_torch(x)
-    sums, dvalues = values.new_zeros(SUMS), x.gradients()
+    sums, dvalues = values.new_zeros(SUMS, dtype=torch.float64), x.gradients()
     torch.ops.fastpref_ppo.value(*x[:-1], dvalues, sums)
-    return _found(sums, dvalues)
+    return _found(x, sums[0], sums, dvalues)
 
 
 @_op.register_fake
 def _(values, *args):  # type: ignore[no-untyped-def]
     dvalues = torch.empty_like(values) if args[-1] else values.new_empty(0)
-    return values.new_empty(()), values.new_empty(SUMS), dvalues
+    sums = values.new_empty(SUMS, dtype=torch.float64)
+    return values.new_empty(()), sums, dvalues
 
 
 # 5. autograd
@@ -256,14 +269,15 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 # 6. public
 class ValueLoss(NamedTuple):
-    """What :func:`ppo_value_loss` returns; each 0-d, fp32 (fp64 if an input is)."""
+    """What :func:`ppo_value_loss` returns; each 0-d."""
 
     loss: Tensor
-    """Differentiable in values: a sum, with reduction="mean" over count."""
+    """fp32 (fp64 if an input is), differentiable in values: a sum, with reduction="mean" over
+    count."""
     count: Tensor
     """What the sum is to be divided by, once, over all micro-batches and ranks."""
     metrics: dict[str, Tensor]
-    """Sums over tokens, with reduction="mean" means: ``clipfrac`` (where the bound binds),
+    """fp64 sums over tokens, with reduction="mean" means: ``clipfrac`` (where the bound binds),
     ``values``, ``returns``, ``returns_squared``, ``error`` R - V and ``error_squared``. Beside them
     the number of ``tokens``, and with the means ``explained_variance``, which of several calls is
     :func:`explained_variance` of their sums together."""
@@ -278,8 +292,7 @@ def explained_variance(sums: dict[str, Tensor]) -> Tensor:
         return (sums[f"{name}_squared"].double() / n - (sums[name].double() / n) ** 2).clamp(min=0)
 
     of_returns = variance("returns")
-    found = 1 - variance("error") / of_returns
-    return torch.where(of_returns > 0, found, 0.0).to(sums["error"].dtype)
+    return torch.where(of_returns > 0, 1 - variance("error") / of_returns, 0.0)
 
 
 def ppo_value_loss(

@@ -154,7 +154,7 @@ def reduced(
     loss: Tensor, sums: Mapping[str, Tensor], how: Aggregation, B: int, reduction: str
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(loss, count, metrics): sums, or divided by what they are sums over."""
-    count = loss.new_full((), B) if how.per == "all" else sums[how.per]
+    count = loss.new_full((), B) if how.per == "all" else sums[how.per].to(loss.dtype)
     metrics = {name: x for name, x in sums.items() if name != "sequences"}
     if reduction == "mean":
         loss = loss / count.clamp(min=1)
@@ -267,10 +267,21 @@ def kl_of(d, KL: tl.constexpr):
         return k, slope
 
 
+@triton.jit
+def moments(count, anchor, away, squares):
+    """Sum and sum of squares of what lanes saw, from the same of its distances to their anchor.
+
+    In fp64: of numbers far from 0 little would be left of the variance.
+    """
+    n, k, far = count.to(tl.float64), anchor.to(tl.float64), away.to(tl.float64)
+    total = tl.sum(far + n * k, 0)
+    return total, tl.sum(squares.to(tl.float64) + 2 * k * far + n * k * k, 0)
+
+
 @triton.jit(do_not_specialize=["P"])
 def _fold(partial_ptr, out_ptr, first_ptr, P, SUMS: tl.constexpr, BLOCK_P: tl.constexpr):
     lane, column = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, SUMS)[None, :]
-    total = tl.zeros((BLOCK_P, SUMS), tl.float32)
+    total = tl.zeros((BLOCK_P, SUMS), tl.float64)
     for p in range(0, P, BLOCK_P):
         here = p + lane < P
         x = tl.load(partial_ptr + (p + lane).to(tl.int64) * SUMS + column, mask=here, other=0.0)
@@ -283,12 +294,12 @@ def _fold(partial_ptr, out_ptr, first_ptr, P, SUMS: tl.constexpr, BLOCK_P: tl.co
 
 
 def new_partials(like: Tensor, programs: int) -> Tensor:
-    return like.new_empty((programs, SUMS), dtype=torch.float32)
+    return like.new_empty((programs, SUMS), dtype=torch.float64)
 
 
 def fold(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 column sums in one order, of the last column (numbers >= 0) the maximum: () of the
-    first, and (SUMS,)."""
-    first, out = partials.new_empty(()), partials.new_empty(SUMS)
+    """Column sums in one order, of the last column (numbers >= 0) the maximum: () fp32 of the
+    first, and (SUMS,) fp64."""
+    first, out = partials.new_empty((), dtype=torch.float32), partials.new_empty(SUMS)
     _fold[(1,)](partials, out, first, len(partials), SUMS=SUMS, BLOCK_P=64, num_warps=4)
     return first, out

@@ -61,15 +61,16 @@ POLICY_LOSSES = {
 
 
 class PolicyLoss(NamedTuple):
-    """What :func:`ppo_policy_loss` returns; each 0-d, fp32 (fp64 if an input is)."""
+    """What :func:`ppo_policy_loss` returns; each 0-d."""
 
     loss: Tensor
-    """Differentiable in logp and entropy: a sum, with reduction="mean" over count."""
+    """fp32 (fp64 if an input is), differentiable in logp and entropy: a sum, with reduction="mean"
+    over count."""
     count: Tensor  # type: ignore[assignment] # a tuple's method of that name gives way
     """What the sum is to be divided by, once, over all micro-batches and ranks: the tokens that
     count, or the sequences, as loss_agg_mode says."""
     metrics: dict[str, Tensor]
-    """Sums over tokens, with reduction="mean" means: ``ratio``, ``ratio_deviation`` |rho - 1|,
+    """fp64 sums over tokens, with reduction="mean" means: ``ratio``, ``ratio_deviation`` |rho - 1|,
     ``clipfrac_low``, ``clipfrac_high`` and ``clipfrac_dual`` (where a bound binds), ``ppo_kl``
     (minus the log-ratio, verl's) and ``approx_kl`` (half its square, TRL's); of the inputs that
     came ``kl`` (from the reference) and ``entropy``. Beside them the number of ``tokens``, and the

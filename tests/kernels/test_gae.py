@@ -252,6 +252,19 @@ def test_whitened_tokens(dtype, size, unbiased):
         assert (kept.mean().item(), of) == pytest.approx((0, 1), abs=1e-4)
 
 
+@pytest.mark.parametrize("T", [5, 700, 2500])
+def test_moments_far_from_zero(T):
+    """Advantages of 1000 that differ by a tenth keep their variance."""
+    x = batch(6, T)
+    x["mask"][:, -1] = True
+    models = {"logp": x["rewards"], "ref_logp": 0 * x["rewards"]}
+    scores = torch.full((6,), 1000.0, device=DEV)
+    found = ppo_advantages(scores=scores, values=None, kl_coef=0.1, mask=x["mask"], **models)
+    n, total, squares = found.moments.tolist()
+    want = found.advantages[x["mask"]].double().var(correction=0).item()
+    assert squares / n - (total / n) ** 2 == pytest.approx(want, rel=1e-4)
+
+
 def test_equal_advantages_are_whitened_to_zero():
     x = torch.full((2, 5), 0.1, device=DEV)
     assert whiten(x, token_moments(x)).abs().max() < 1e-3

@@ -126,6 +126,16 @@ def test_metrics_are_sums_of_which_the_explained_variance_is_made():
     assert float(whole["error_squared"]) == pytest.approx(float((error**2).mean()), rel=1e-5)
 
 
+def test_variance_of_returns_far_from_zero():
+    x, mask = batch(2, 1500)
+    returns = 1000 + x["returns"]
+    values = returns + 300 + 0.5 * x["values"]
+    found = ppo_value_loss(values=values, returns=returns, mask=mask, clip=None, reduction="mean")
+    error = (returns - values)[mask].double()
+    want = 1 - error.var() / returns[mask].double().var()
+    assert found.metrics["explained_variance"].item() == pytest.approx(want.item(), abs=1e-4)
+
+
 def test_returns_that_do_not_vary_explain_nothing():
     x = torch.zeros(1, 4, device=DEV)
     found = ppo_value_loss(values=x + 1, returns=x, clip=None, reduction="mean")
