@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastpref.kernels import gae, logp_rows_triton, ppo_policy, ppo_value, sequences
+from fastpref.kernels import gae, logp_rows_triton, ppo_policy, ppo_value, sequences, whiten
 from fastpref.kernels.logits import Transform
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -40,7 +40,7 @@ WIDTH = logp_rows_triton.MAX_SLAB
 B, T = 512, 4096
 KERNELS = (
     *((logp_rows_triton, f"_{name}_rows") for name in ("stream", "slab", "finish", "gradient")),
-    *((gae, "_gae"), (gae, "_whiten"), (ppo_policy, "_policy"), (ppo_value, "_value")),
+    *((gae, "_gae"), (whiten, "_whiten"), (ppo_policy, "_policy"), (ppo_value, "_value")),
     (sequences, "_fold"),
 )
 
@@ -93,24 +93,24 @@ def advantages(packed=False, masked=True, shaped=False, estimator="k1"):
     gae._in_triton(gae._Inputs(*inputs, *end))
 
 
-def whiten():
+def whitened():
     moments = torch.empty(3, dtype=torch.float64)
-    gae._whiten_in_triton(tokens(), tokens(dtype=torch.bool), moments, False, 1e-8)
+    whiten._in_triton(tokens(), tokens(dtype=torch.bool), moments, False, 1e-8)
 
 
 def policy(form="clip", bundle=False, packed=False, sequences=False):
     x, mask = tokens(packed), tokens(packed, torch.bool)
     more = (x, x, x) if bundle else (None, None, None)
-    numbers = [1.0, 0.2, 0.2, float("inf"), 1.0, 0.1, 0.1]
-    wanted = "dlogp dentropy" if bundle else "dlogp"
+    bounds = (0.2, 0.2, float("inf"), 1.0)
     inputs = (x, x, x, mask, offsets(packed), *more)
-    options = (form, sequences, numbers, "k3", sequences, sequences, wanted)
+    coefs = (0.1, 0.1, "k3", sequences, sequences, True, bundle)
+    options = (form, sequences, *bounds, *coefs)
     ppo_policy._in_triton(ppo_policy._Inputs(*inputs, *options))
 
 
 def value():
     x, mask = tokens(), tokens(dtype=torch.bool)
-    options = (None, 0.2, 1.0, False, False, True)
+    options = (None, 0.2, False, False, True)
     ppo_value._in_triton(ppo_value._Inputs(x, x, x, mask, *options))
 
 
@@ -185,7 +185,7 @@ CASES = {
     "gae, mask, packed": (lambda: advantages(packed=True), 17, 10),
     "advantages, KL k1, mask": (lambda: advantages(shaped=True), 21, 20),
     "advantages, KL k3, mask": (lambda: advantages(shaped=True, estimator="k3"), 21, 40),
-    "whiten": (whiten, 9, 2),
+    "whiten": (whitened, 9, 2),
     "policy": (policy, 17, 40),
     "policy, KL, entropy, importance": (lambda: policy(bundle=True), 33, 60),
     "policy, a sequence's ratio": (lambda: policy(sequences=True), 17, 45),

@@ -35,7 +35,7 @@ W* written(const std::optional<Tensor>& x) {
   return x ? x->mutable_data_ptr<W>() : nullptr;
 }
 
-// spans of tokens that are worked on apart: sequences, or pieces of all that are worth a thread
+// spans of tokens that are worked on log_ratio: sequences, or pieces of all that are worth a thread
 struct Spans {
   int64_t count, tokens, width;
   std::vector<int64_t> ends;  // packed: B + 1
@@ -72,10 +72,10 @@ struct Spans {
   }
 };
 
-enum Estimator { kNone, kK1, kK2, kK3, kK3Plus };
+enum Estimator { kK1, kK2, kK3, kK3Plus };
 
 Estimator estimator_of(const std::string& name) {
-  static const std::vector<std::string> names{"none", "k1", "k2", "k3", "k3+"};
+  static const std::vector<std::string> names{"k1", "k2", "k3", "k3+"};
   const auto found = std::find(names.begin(), names.end(), name);
   TORCH_CHECK(found != names.end(), "need a KL estimator, got ", name);
   return static_cast<Estimator>(found - names.begin());
@@ -116,7 +116,7 @@ void gae_sequence(const GaeInputs<W>& in, int64_t b, int64_t start, int64_t end,
       continue;
     }
     W reward = in.rewards ? in.rewards[t] : W(0);
-    if (in.logp) {
+    if (in.ref_logp) {
       const W d = in.logp[t] - in.ref_logp[t];
       const W penalty = in.kl_coef * kl_estimate(d, in.estimator);
       sums[kKl] += d;
@@ -242,6 +242,8 @@ void each_lanes(const bool* mask, int64_t start, int64_t end, const F& visit) {
   }
 }
 
+double larger(double a, double b) { return std::isnan(b) || b > a ? b : a; }  // NaN stays
+
 // calls `visit(b, start, end, parts)` for every span, adds the parts up in order and stores them
 template <int kSums, typename F>
 double sum_spans(const Spans& spans, Tensor& sums, const F& visit) {
@@ -254,8 +256,7 @@ double sum_spans(const Spans& spans, Tensor& sums, const F& visit) {
     total[i % kSums] += parts[i];
   }
   std::copy_n(total, kSums, sums.mutable_data_ptr<double>());
-  return std::accumulate(largest.begin(), largest.end(), 0.0,
-                         [](double a, double b) { return std::max(a, b); });
+  return std::accumulate(largest.begin(), largest.end(), 0.0, larger);
 }
 
 enum Form { kClip, kCispo, kApa, kAwr };
@@ -281,7 +282,7 @@ struct Policy {
   const W *ref_logp, *entropy, *is_weight;
   Form form;
   bool by_sequence, each, mean;
-  W weight, low, high, dual, temperature, kl_coef, entropy_coef;
+  W low, high, dual, temperature, kl_coef, entropy_coef;
   Estimator estimator;
   W *dlogp, *dentropy;
 
@@ -294,7 +295,7 @@ struct Policy {
   };
 
   Surrogate surrogate(const Lanes<W>& at, const Vec& x, const Vec& d, const Vec& ratio,
-                      const Vec& inside, const Vec& A) const {
+                      const Vec& outside, const Vec& A) const {
     const Vec zero(0), one(1);
     if (form == kApa) {
       const Vec error = d - A / Vec(temperature);
@@ -315,13 +316,13 @@ struct Policy {
     const Vec free = (ratio * A).neg();
     const Vec loss = at.where(binds, (bounded * A).neg(), free);
     return {at.where(past, (Vec(dual) * A).neg(), loss),
-            at.where(binds | past, zero, at.where(inside, free, zero)), under & negative & one,
+            at.where(binds | past | outside, zero, free), under & negative & one,
             over & (A > zero) & one, past & one};
   }
 
   // exp(-d) - 1 + d by Taylor, where 1 would swallow d
   static Vec series(const Vec& d) {
-    constexpr int kTerms = std::is_same_v<W, double> ? 12 : 6;
+    constexpr int kTerms = std::is_same_v<W, double> ? 16 : 9;
     Vec tail(1);
     for (int n = kTerms; n > 2; --n) {
       tail = Vec(1) - d * Vec(W(1) / n) * tail;
@@ -339,19 +340,21 @@ struct Policy {
       bent = d;
     } else if (estimator != kK1) {
       const Vec bound = at::vec::clamp(d, Vec(-kMaxLogRatio), Vec(kMaxLogRatio));
-      const Vec less = Vec(1) - bound.neg().exp();
-      k = at.where(bound.abs() < Vec(W(0.1)), series(bound), bound - less);
-      bent = estimator == kK3Plus ? d : at.where(bound == d, less, Vec(0));
+      const Vec far = bound.neg().exp() - Vec(1) + bound;
+      k = at.where(bound.abs() < Vec(W(0.5)), series(bound), far);
+      bent = estimator == kK3Plus ? d : at.where(d.abs() > Vec(kMaxLogRatio), Vec(0), bound - k);
     }
-    loss = loss + Vec(kl_coef) * k;
-    slope = slope + Vec(kl_coef) * bent;
+    if (kl_coef != 0) {  // else a metric, which may be infinite
+      loss = loss + Vec(kl_coef) * k;
+      slope = slope + Vec(kl_coef) * bent;
+    }
     sum = sum + k;  // 0 where d is
   }
 
   // the sums of a span, and its largest ratio
   double operator()(int64_t b, int64_t start, int64_t end, double* out) const {
-    W per_token = weight;
-    Vec mean_apart(0);
+    W per_token = 1;
+    Vec mean_log_ratio(0);
     if (by_sequence || mean) {
       Sums<W, 2> found;
       each_lanes<W>(mask, start, end, [&](const Lanes<W>& at) {
@@ -365,19 +368,19 @@ struct Policy {
       });
       found.close_block();
       const double count = std::max(found.total[0], 1.0);
-      mean_apart = Vec(static_cast<W>(found.total[1] / count));
-      per_token = mean ? static_cast<W>(weight / count) : weight;
+      mean_log_ratio = Vec(static_cast<W>(found.total[1] / count));
+      per_token = mean ? static_cast<W>(1 / count) : W(1);
     }
     Sums<W, kPolicySums> sums;
     Vec largest(0);
     const Vec zero(0), one(1);
     each_lanes<W>(mask, start, end, [&](const Lanes<W>& at) {
       const Vec x = at.read(logp), A = at.kept(each ? Vec(advantages[b]) : at.read(advantages));
-      const Vec apart = old_logp ? x - at.read(old_logp) : zero;
-      const Vec used = by_sequence ? mean_apart : apart;
+      const Vec log_ratio = old_logp ? x - at.read(old_logp) : zero;
+      const Vec used = by_sequence ? mean_log_ratio : log_ratio;
       const Vec ratio = exp_of(used), d = ref_logp ? x - at.read(ref_logp) : x;
-      const Vec inside = used.abs() <= Vec(kMaxLogRatio);
-      Surrogate part = surrogate(at, x, d, ratio, inside, A);
+      const Vec outside = used.abs() > Vec(kMaxLogRatio);
+      Surrogate part = surrogate(at, x, d, ratio, outside, A);
       if (is_weight) {
         const Vec importance = at.read(is_weight);
         part.loss = part.loss * importance;
@@ -386,7 +389,7 @@ struct Policy {
       kl(at, d, part.loss, part.slope, sums.block[kRefKl]);
       if (entropy) {
         const Vec H = at.read(entropy);
-        part.loss = part.loss - Vec(entropy_coef) * H;
+        part.loss = entropy_coef == 0 ? part.loss : part.loss - Vec(entropy_coef) * H;
         sums.block[kEntropy] = sums.block[kEntropy] + H;
       }
       if (dlogp) {
@@ -395,7 +398,7 @@ struct Policy {
       if (dentropy) {
         at.write(Vec(-entropy_coef * per_token) * at.keep, dentropy);
       }
-      const Vec near = at::vec::clamp(apart, Vec(-kMaxLogRatio), Vec(kMaxLogRatio));
+      const Vec clamped = at::vec::clamp(log_ratio, Vec(-kMaxLogRatio), Vec(kMaxLogRatio));
       const auto add = [&](PolicySum name, const Vec& value) {
         sums.block[name] = sums.block[name] + value;
       };
@@ -406,8 +409,8 @@ struct Policy {
       add(kBelow, part.below * at.keep);
       add(kAbove, part.above * at.keep);
       add(kPast, part.past * at.keep);
-      add(kPpoKl, near.neg());
-      add(kApproxKl, near * near * Vec(W(0.5)));
+      add(kPpoKl, clamped.neg());
+      add(kApproxKl, clamped * clamped * Vec(W(0.5)));
       largest = at::vec::maximum(largest, ratio * at.keep);
       if ((at.t - start) % kBlock == 0) {
         sums.close_block();
@@ -419,7 +422,7 @@ struct Policy {
     out[kSequences] = out[kCount] > 0;
     W lanes[Vec::size()];
     largest.store(lanes);
-    return *std::max_element(lanes, lanes + Vec::size());
+    return std::accumulate(lanes, lanes + Vec::size(), 0.0, larger);
   }
 };
 
@@ -427,17 +430,18 @@ void policy(const Tensor& logp, const Tensor& advantages, const std::optional<Te
             const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens,
             const std::optional<Tensor>& ref_logp, const std::optional<Tensor>& entropy,
             const std::optional<Tensor>& is_weight, const std::string& form, bool by_sequence,
-            at::ArrayRef<double> numbers, const std::string& estimator, bool mean, bool spans,
+            double low, double high, double dual, double temperature, double kl_coef,
+            double entropy_coef, const std::string& estimator, bool mean, bool spans,
             std::optional<Tensor> dlogp, std::optional<Tensor> dentropy, Tensor sums) {
-  TORCH_CHECK(numbers.size() == 7 && advantages.is_contiguous());
+  TORCH_CHECK(advantages.is_contiguous());
   AT_DISPATCH_FLOATING_TYPES(logp.scalar_type(), "policy", [&] {
     using W = scalar_t;
-    const auto number = [&](int i) { return static_cast<W>(numbers[i]); };
+    const auto narrow = [](double x) { return static_cast<W>(x); };
     const Policy<W> loss{logp.const_data_ptr<W>(), advantages.const_data_ptr<W>(), data<W>(old_logp),
                          data<bool>(mask), data<W>(ref_logp), data<W>(entropy), data<W>(is_weight),
                          form_of(form), by_sequence, advantages.sizes() != logp.sizes(), mean,
-                         number(0), number(1), number(2), number(3), number(4), number(5),
-                         number(6), estimator_of(estimator), written<W>(dlogp),
+                         narrow(low), narrow(high), narrow(dual), narrow(temperature),
+                         narrow(kl_coef), narrow(entropy_coef), estimator_of(estimator), written<W>(dlogp),
                          written<W>(dentropy)};
     const Spans where = spans ? Spans(logp, cu_seqlens) : Spans(logp);
     sums[-1] = sum_spans<kPolicySums>(where, sums, loss);
@@ -461,16 +465,16 @@ struct Value {
   using Vec = Vectorized<W>;
   const W *values, *old_values, *returns;
   const bool* mask;
-  W clip, weight;
+  W clip;
   bool mean;
   W* dvalues;
 
   double operator()(int64_t b, int64_t start, int64_t end, double* out) const {
-    W per_token = weight;
+    W per_token = 1;
     if (mean) {
       const int64_t count =
           mask ? std::count(mask + start, mask + end, true) : end - start;
-      per_token = weight / static_cast<W>(std::max<int64_t>(count, 1));
+      per_token = 1 / static_cast<W>(std::max<int64_t>(count, 1));
     }
     // of numbers far from 0 little would be left of the variance: squares of distances to one
     const int64_t some = mask ? std::find(mask + start, mask + end, true) - mask : start;
@@ -480,12 +484,15 @@ struct Value {
     each_lanes<W>(mask, start, end, [&](const Lanes<W>& at) {
       const Vec V = at.read(values), R = at.read(returns), error = R - V;
       const Vec away = at.kept(R - Vec(return_anchor)), error_away = at.kept(error - Vec(error_anchor));
-      Vec near = V;
+      const Vec square = error * error;
+      Vec miss = square, binds(0);
       if (old_values) {
-        const Vec old = at.read(old_values);
-        near = old + at::vec::clamp(V - old, Vec(-clip), Vec(clip));
+        const Vec old = at.read(old_values), moved = V - old;
+        const Vec bounded = R - (old + at::vec::clamp(moved, Vec(-clip), Vec(clip)));
+        miss = bounded * bounded;
+        // else rounding decides: one is the other, by another way
+        binds = (moved.abs() > Vec(clip)) & (miss > square);
       }
-      const Vec square = error * error, miss = (R - near) * (R - near), binds = miss > square;
       if (dvalues) {
         at.write(at.where(binds, Vec(0), Vec(-per_token) * error), dvalues);
       }
@@ -516,12 +523,12 @@ struct Value {
 
 void value(const Tensor& values, const std::optional<Tensor>& old_values, const Tensor& returns,
            const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens, double clip,
-           double weight, bool mean, bool spans, std::optional<Tensor> dvalues, Tensor sums) {
+           bool mean, bool spans, std::optional<Tensor> dvalues, Tensor sums) {
   TORCH_CHECK(returns.is_contiguous());
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "value", [&] {
     using W = scalar_t;
     const Value<W> loss{values.const_data_ptr<W>(), data<W>(old_values), returns.const_data_ptr<W>(),
-                        data<bool>(mask), static_cast<W>(clip), static_cast<W>(weight), mean,
+                        data<bool>(mask), static_cast<W>(clip), mean,
                         written<W>(dvalues)};
     sum_spans<kValueSums>(spans ? Spans(values, cu_seqlens) : Spans(values), sums, loss);
   });
@@ -559,11 +566,12 @@ TORCH_LIBRARY(fastpref_ppo, m) {
   m.def(
       "policy(Tensor logp, Tensor advantages, Tensor? old_logp, Tensor? mask, Tensor? cu_seqlens, "
       "Tensor? ref_logp, Tensor? entropy, Tensor? is_weight, str form, bool by_sequence, "
-      "float[] numbers, str estimator, bool mean, bool spans, Tensor(a!)? dlogp, "
+      "float clip_low, float clip_high, float dual_clip, float temperature, float kl_coef, "
+      "float entropy_coef, str estimator, bool mean, bool spans, Tensor(a!)? dlogp, "
       "Tensor(b!)? dentropy, Tensor(c!) sums) -> ()");
   m.def(
       "value(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens, "
-      "float clip, float weight, bool mean, bool spans, Tensor(a!)? dvalues, Tensor(b!) sums) "
+      "float clip, bool mean, bool spans, Tensor(a!)? dvalues, Tensor(b!) sums) "
       "-> ()");
   m.def(
       "whiten(Tensor x, Tensor? mask, Tensor moments, bool unbiased, float eps, Tensor(a!) out) "

@@ -5,12 +5,13 @@ The ops need torch alone; ``fastpref.sft``, ``dpo`` and ``kto`` train, and need 
 
 from typing import TYPE_CHECKING, Any
 
-from fastpref.kernels.gae import PPOAdvantages, gae, ppo_advantages, token_moments, whiten
+from fastpref.kernels.gae import PPOAdvantages, gae, ppo_advantages
 from fastpref.kernels.gather_rows import gather_rows
 from fastpref.kernels.linear_kl import linear_kl
 from fastpref.kernels.linear_logp import linear_logp, linear_logp_stats
 from fastpref.kernels.logp_from_logits import TokenStats, logp_from_logits, logp_stats_from_logits
 from fastpref.kernels.ppo_value import ValueLoss, explained_variance, ppo_value_loss
+from fastpref.kernels.whiten import token_moments, whiten
 from fastpref.logps import linear_sequence_logp, sequence_logp
 from fastpref.losses.advantage import adaptive_kl_coef, group_advantages, token_rewards
 from fastpref.losses.pairs import PairLoss, dpo_loss

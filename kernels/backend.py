@@ -85,9 +85,9 @@ def command(source: Path, out: Path) -> list[str]:
 
 def compiled(source: str = "logp_rows") -> Path:
     """The library of a file of csrc/, from the cache if it is there."""
-    file = FOLDER / f"{source}.cpp"
+    code = FOLDER / f"{source}.cpp"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref"
-    key = "\n".join([file.read_text(), torch.__version__, *command(file, Path("library.so"))])
+    key = "\n".join([code.read_text(), torch.__version__, *command(code, Path("library.so"))])
     library = folder / f"{source}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def compiled(source: str = "logp_rows") -> Path:
             out = Path(partial) / library.name
             # in a session of its own: Ctrl-C is for the run, which saves
             done = subprocess.run(
-                command(file, out), capture_output=True, text=True, start_new_session=True
+                command(code, out), capture_output=True, text=True, start_new_session=True
             )
             if done.returncode:
                 error = done.stderr.strip()[-2000:]

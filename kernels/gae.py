@@ -16,8 +16,10 @@ from fastpref.kernels.backend import choose
 from fastpref.kernels.sequences import (
     aligned,
     as_flags,
+    check_number,
     check_tokens,
     constants,
+    dense,
     fold,
     kept,
     kl_of,
@@ -35,7 +37,6 @@ from fastpref.kernels.sequences import (
 # of a log-ratio d = logp - ref_logp: d, d**2 / 2, exp(-d) - 1 + d
 KL_ESTIMATORS = ("k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0  # an exponent stays below: exp(88.8) is no fp32
-_WHITEN_BLOCK = 4096
 _PER_THREAD, _PER_SHAPING_THREAD = 16, 8  # tokens in registers: more would leave one program a SM
 _SUM_NAMES = ("tokens", "advantages", "squares", "kl", "penalty", "sequences", "scores")
 
@@ -103,7 +104,7 @@ def _in_torch(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
             return like.new_zeros(keep.shape)
         return (y if x.cu_seqlens is None else y[place]).where(keep, 0.0)
 
-    d, full = rows(x.logp) - rows(x.ref_logp), keep.any(1)
+    d, full = rows(None if x.ref_logp is None else x.logp) - rows(x.ref_logp), keep.any(1)
     penalty = x.kl_coef * kl_estimate(d, x.estimator)
     reward = rows(x.rewards) - penalty
     none = like.new_zeros(len(keep))
@@ -148,7 +149,7 @@ def _tokens(
         reward += read(rewards_ptr, t, there, keep)
     d = tl.zeros_like(reward)
     penalty = d
-    if logp_ptr is not None:
+    if ref_ptr is not None:
         d = read(logp_ptr, t, there, keep) - read(ref_ptr, t, there, keep)
         estimate, _slope = kl_of(d, KL)
         penalty = kl_coef * estimate
@@ -159,7 +160,7 @@ def _tokens(
     return reward, value, d, penalty
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _gae(
     rewards_ptr,
     values_ptr,
@@ -276,7 +277,7 @@ def _in_triton(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     B = num_sequences(like, x.cu_seqlens)
     partials = new_partials(like, B)
     if B:
-        width = like.shape[-1]  # of packed tokens a bound of their lengths
+        width = like.numel() // B  # of packed sequences the mean
         per_warp = 32 * (_PER_SHAPING_THREAD if shaped else _PER_THREAD)
         block = min(max(triton.next_power_of_2(width), per_warp), 4 * per_warp)
         _gae[(B,)](
@@ -284,7 +285,7 @@ def _in_triton(x: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
             advantages,
             returns,
             partials if shaped else None,
-            width,
+            like.shape[-1],
             x.gamma,
             x.gamma * x.lam,
             x.kl_coef,
@@ -331,71 +332,6 @@ def _(rewards, values, logp, *args):  # type: ignore[no-untyped-def]
     like = logp if rewards is None else rewards
     sums = like.new_empty(len(_SUM_NAMES), dtype=torch.float64)
     return torch.empty_like(like), torch.empty_like(like), sums
-
-
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["moments_ptr"])
-def _whiten(
-    x_ptr,
-    mask_ptr,
-    moments_ptr,
-    out_ptr,
-    N,
-    eps,
-    BESSEL,
-    WHOLE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = tl.load(moments_ptr)
-    mean = tl.load(moments_ptr + 1) / tl.maximum(n, 1.0)
-    around = tl.maximum(tl.load(moments_ptr + 2) - n * mean * mean, 0.0)
-    variance = (around / tl.maximum(n - BESSEL, 1.0)).to(tl.float32)
-    scale = 1 / tl.sqrt(variance + eps)
-    there = words(t, 0, N)
-    keep = kept(mask_ptr, t, 0, N, there)
-    x = read(x_ptr, t, there, keep)
-    out = tl.where(keep, (x - mean.to(tl.float32)) * scale, 0.0)
-    write(out_ptr, t, out, 0, N, WHOLE)
-
-
-def _whiten_in_torch(
-    x: Tensor, mask: Tensor | None, moments: Tensor, unbiased: bool, eps: float
-) -> Tensor:
-    n, total, squares = moments
-    mean = total / n.clamp(min=1)
-    variance = (squares - n * mean**2).clamp(min=0) / (n - float(unbiased)).clamp(min=1)
-    out = ((x - mean) / (variance + eps).sqrt()).to(x.dtype)
-    return out if mask is None else out.where(mask, 0.0)
-
-
-def _whiten_in_triton(
-    x: Tensor, mask: Tensor | None, moments: Tensor, unbiased: bool, eps: float
-) -> Tensor:
-    out = torch.empty_like(x)
-    if x.numel():
-        grid = (triton.cdiv(x.numel(), _WHITEN_BLOCK),)
-        args = (aligned(x), aligned(mask), moments, out, x.numel(), eps, float(unbiased))
-        whole = whole_words(x, None, False)
-        _whiten[grid](*args, WHOLE=whole, BLOCK_T=_WHITEN_BLOCK, num_warps=8)
-    return out
-
-
-@torch.library.custom_op("fastpref::whiten", mutates_args=())
-def _whiten_op(
-    x: Tensor, mask: Tensor | None, moments: Tensor, unbiased: bool, eps: float
-) -> Tensor:
-    backend = choose(x.device.type, x.dtype, "ppo")
-    if backend != "cpp":
-        whitened = _whiten_in_triton if backend == "triton" else _whiten_in_torch
-        return whitened(x, mask, moments, unbiased, eps)
-    out = torch.empty_like(x)
-    torch.ops.fastpref_ppo.whiten(x, mask, moments, unbiased, eps, out)
-    return out
-
-
-@_whiten_op.register_fake
-def _(x, *args):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
 
 
 # 4. public
@@ -454,10 +390,10 @@ def gae(
     Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     tokens = {"rewards": rewards, "values": values}
-    dtype = check_tokens(tokens, {"bootstrap": bootstrap}, mask, cu_seqlens)
+    dtype = check_tokens(tokens, {"bootstrap": bootstrap}, mask, cu_seqlens, needed=2)
     _check_range(gamma=gamma, lam=lam)
     rewards, values, bootstrap = constants(dtype, rewards, values, bootstrap)
-    rows = (rewards, values, None, None, None, as_flags(mask), cu_seqlens, bootstrap)
+    rows = (rewards, values, None, None, None, as_flags(mask), dense(cu_seqlens), bootstrap)
     advantages, returns, _ = _op(*rows, gamma, lam, 0.0, "k1")
     return advantages, returns
 
@@ -466,7 +402,7 @@ def ppo_advantages(
     *,
     scores: Tensor | None,
     logp: Tensor,
-    ref_logp: Tensor,
+    ref_logp: Tensor | None,
     values: Tensor | None,
     rewards: Tensor | None = None,
     mask: Tensor | None = None,
@@ -480,14 +416,14 @@ def ppo_advantages(
     """Advantages of KL-shaped rewards: r_t = rewards_t - kl_coef * k(logp_t - ref_logp_t) + score.
 
     The score arrives at the last token that counts. One pass makes rewards, advantages, returns,
-    metrics and the moments of :func:`whiten`; no gradient flows through any of them.
+    metrics and the moments of :func:`fastpref.whiten`; no gradient flows through any of them.
 
     Args:
-        scores: (B,) reward of each whole completion; None: 0. That of a sequence without a token
-            that counts is left out.
+        scores: (B,) reward of each whole completion, of any dtype; None: 0. That of a sequence
+            without a token that counts is left out.
         logp: (B, T), or (T,) with ``cu_seqlens``: log-probs of the tokens under the policy that
             sampled them, in nats; floating point.
-        ref_logp: like logp, under the reference.
+        ref_logp: like logp, under the reference; None, with kl_coef 0: no KL.
         values: like logp: the value before each token; None: 0, and lam is 1, which makes the
             advantages REINFORCE++'s returns-to-go.
         rewards: like logp: further rewards of single tokens, as those of
@@ -504,81 +440,29 @@ def ppo_advantages(
         PPOAdvantages; advantages and returns in fp32 (fp64 if an input is), exactly 0 where masked.
 
     Raises:
-        ValueError: a shape, device, range or name differs from the above.
+        ValueError: a shape, device, range or name differs from the above, or ref_logp is lacking.
         TypeError: a dtype differs from the above.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2; REINFORCE++, arXiv:2501.03262.
     """
     tokens = {"logp": logp, "ref_logp": ref_logp, "values": values, "rewards": rewards}
+    if isinstance(scores, Tensor) and not scores.is_floating_point():
+        scores = scores.float()  # of answers that are right or wrong
     sequences = {"scores": scores, "bootstrap": bootstrap}
     dtype = check_tokens(tokens, sequences, mask, cu_seqlens)
     _check_range(gamma=gamma, lam=lam)
-    if not 0 <= kl_coef < float("inf"):
-        raise ValueError(f"need kl_coef >= 0, got {kl_coef}")
+    check_number(kl_coef=kl_coef)
+    if ref_logp is None and kl_coef:
+        raise ValueError(f"need ref_logp for kl_coef {kl_coef}, got None")
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"need kl_estimator in {', '.join(KL_ESTIMATORS)}; got {kl_estimator!r}")
     lam = 1.0 if values is None else lam
     *inputs, end = constants(dtype, rewards, values, logp, ref_logp, scores, bootstrap)
-    rows = (*inputs, as_flags(mask), cu_seqlens, end)
+    rows = (*inputs, as_flags(mask), dense(cu_seqlens), end)
     advantages, returns, sums = _op(*rows, gamma, lam, kl_coef, kl_estimator)
     named = dict(zip(_SUM_NAMES, sums.unbind(), strict=True))
     metrics = {name: named[name] for name in ("tokens", "sequences", "kl", "scores")}
     metrics["non_score_reward"] = -named["penalty"]
     metrics["rlhf_reward"] = named["scores"] - named["penalty"]
-    return PPOAdvantages(advantages, returns, sums[:3], metrics)
-
-
-def token_moments(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """(3,) fp64 count, sum and sum of squares of the tokens that count, for :func:`whiten`.
-
-    Args:
-        x: any shape; floating point.
-        mask: like x, bool or integers 0 and 1; None: all count.
-    """
-    check_tokens({"x": x.reshape(1, -1)}, {}, None if mask is None else mask.reshape(1, -1), None)
-    x = x.detach().double()
-    keep = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
-    x = x.where(keep, 0.0)
-    return torch.stack([keep.sum().double(), x.sum(), (x**2).sum()])
-
-
-def whiten(
-    advantages: Tensor,
-    moments: Tensor,
-    *,
-    mask: Tensor | None = None,
-    unbiased: bool = False,
-    eps: float = 1e-8,
-) -> Tensor:
-    """(A - mean) / sqrt(variance + eps), by moments of the whole batch; no gradient flows through.
-
-    Args:
-        advantages: any shape; floating point.
-        moments: (3,) fp64 count, sum and sum of squares, as :func:`ppo_advantages` or
-            :func:`token_moments` give them; over several ranks their sum
-            (``torch.distributed.all_reduce(moments)``).
-        mask: like advantages, bool or integers 0 and 1: the tokens that count.
-        unbiased: Bessel's variance, as TRL and verl have it, over n - 1; else over n, as OpenRLHF.
-        eps: not negative.
-
-    Returns:
-        Like advantages, fp32 (fp64 for fp64); exactly 0 where masked, and where a single token
-        counts.
-
-    Raises:
-        ValueError: a shape, device or range differs from the above.
-        TypeError: a dtype differs from the above.
-    """
-    flat = None if mask is None else mask.reshape(1, -1)
-    dtype = check_tokens({"advantages": advantages.reshape(1, -1)}, {}, flat, None)
-    if mask is not None and mask.shape != advantages.shape:
-        got = f"{tuple(mask.shape)} and {tuple(advantages.shape)}"
-        raise ValueError(f"need mask of the shape of advantages, got {got}")
-    if moments.shape != (3,) or moments.dtype != torch.float64:
-        raise ValueError(f"need moments (3,) fp64, got {tuple(moments.shape)} {moments.dtype}")
-    if moments.device != advantages.device:
-        raise ValueError(f"need moments on {advantages.device}, got {moments.device}")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"need eps >= 0, got {eps}")
-    (x,) = constants(dtype, advantages)
-    return _whiten_op(x, as_flags(mask), moments, unbiased, eps)
+    moments = sums[:3].clone()  # of their own: who reduces them must not change a metric
+    return PPOAdvantages(advantages, returns, moments, metrics)

@@ -21,9 +21,11 @@ from fastpref.kernels.sequences import (
     SUMS,
     WORD,
     aligned,
+    clamp,
     fold,
     kept,
     kl_of,
+    maximum,
     new_partials,
     num_sequences,
     programs_for,
@@ -35,7 +37,6 @@ from fastpref.kernels.sequences import (
     write,
 )
 
-FORMS = ("clip", "cispo", "apa", "awr")
 # what a pass sums over tokens, and last the largest ratio
 SUM_NAMES = (
     *("loss", "tokens", "sequences", "ratio", "ratio_deviation"),
@@ -56,17 +57,21 @@ class _Inputs(NamedTuple):
     is_weight: Tensor | None
     form: str
     by_sequence: bool  # the ratio
-    # weight, clip low and high, dual clip, temperature, coefficients of KL and entropy
-    numbers: list[float]
+    clip_low: float
+    clip_high: float
+    dual_clip: float  # inf: none
+    temperature: float
+    kl_coef: float
+    entropy_coef: float
     estimator: str
-    mean: bool  # weights are over a sequence's tokens that count
+    mean: bool  # over a sequence's tokens that count
     spans: bool  # a pass over each sequence
-    wanted: str  # gradients: dlogp, dentropy
+    dlogp: bool  # whether gradients are wanted
+    dentropy: bool
 
     def gradients(self) -> list[Tensor | None]:
         """Where those that are wanted go."""
-        names = ("dlogp", "dentropy")
-        return [torch.empty_like(self.logp) if name in self.wanted else None for name in names]
+        return [torch.empty_like(self.logp) if wanted else None for wanted in self[-2:]]
 
     @property
     def each(self) -> bool:
@@ -119,22 +124,19 @@ def _found(x: _Inputs, loss: Tensor, sums: Tensor, *grads: Tensor | None) -> _Fo
     return loss.to(x.logp.dtype, copy=True), sums, dlogp, dentropy
 
 
-def _clipped(
-    ratio: Tensor, A: Tensor, low: float, high: float, dual: float, form: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _clipped(ratio: Tensor, A: Tensor, x: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss over logp's part in it, its slope in log rho, and where each bound binds."""
-    below, above = ratio < 1 - low, ratio > 1 + high
-    bounded = ratio.clamp(1 - low, 1 + high)
-    if form == "cispo":
+    below, above = ratio < 1 - x.clip_low, ratio > 1 + x.clip_high
+    bounded = ratio.clamp(1 - x.clip_low, 1 + x.clip_high)
+    if x.form == "cispo":
         return -bounded * A, torch.zeros_like(A), below, above, torch.zeros_like(below)
     below, above = below & (A < 0), above & (A > 0)
-    past = (ratio > dual) & (A < 0)
-    loss = torch.where(past, -dual * A, torch.where(below | above, -bounded * A, -ratio * A))
+    past = (ratio > x.dual_clip) & (A < 0)
+    loss = torch.where(past, -x.dual_clip * A, torch.where(below | above, -bounded * A, -ratio * A))
     return loss, (-ratio * A).masked_fill(below | above | past, 0.0), below, above, past
 
 
 def _in_torch(x: _Inputs) -> _Found:
-    weight, low, high, dual, temperature, kl_coef, entropy_coef = x.numbers
     flat, B = x.logp.reshape(-1), num_sequences(x.logp, x.cu_seqlens)
     keep = torch.ones_like(flat, dtype=torch.bool) if x.mask is None else x.mask.reshape(-1)
     place = sequence_of(x.logp, x.cu_seqlens)
@@ -149,22 +151,22 @@ def _in_torch(x: _Inputs) -> _Found:
         return gather_rows(sum_rows(y, place, B + 1), place)
 
     logp, A, d = tokens(x.logp), tokens(x.advantages), tokens(x.logp) - tokens(x.ref_logp)
-    apart = torch.zeros_like(logp) if x.old_logp is None else logp - tokens(x.old_logp)
+    log_ratio = torch.zeros_like(logp) if x.old_logp is None else logp - tokens(x.old_logp)
     count = over(keep.to(flat.dtype)).clamp(min=1)
-    used = over(apart) / count if x.by_sequence else apart
-    inside = used.abs() <= MAX_LOG_RATIO
-    ratio = used.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    used_log_ratio = over(log_ratio) / count if x.by_sequence else log_ratio
+    outside = used_log_ratio.abs() > MAX_LOG_RATIO
+    ratio = used_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     none = torch.zeros_like(keep)
     bounds = (none, none, none)
     if x.form == "apa":
-        error = d - A / temperature
+        error = d - A / x.temperature
         loss, slope = error**2, 2 * error
     elif x.form == "awr":
-        slope = -(A / temperature).clamp(max=MAX_LOG_RATIO).exp()
+        slope = -(A / x.temperature).clamp(max=MAX_LOG_RATIO).exp()
         loss = slope * logp
     else:
-        loss, slope, *bounds = _clipped(ratio, A, low, high, dual, x.form)
-        slope = slope.where(inside, 0.0)
+        loss, slope, *bounds = _clipped(ratio, A, x)
+        slope = slope.masked_fill(outside, 0.0)
         if x.form == "cispo":
             loss, slope = loss * logp, loss
     importance, kl = tokens(x.is_weight, 1.0), torch.zeros_like(logp)
@@ -173,28 +175,34 @@ def _in_torch(x: _Inputs) -> _Found:
         kl = kl_estimate(d, x.estimator.removesuffix("+"))
         bent = {"k1": torch.ones_like(d), "k2": d, "k3+": d}.get(x.estimator)
         if bent is None:
-            bent = (-(-d).expm1()).where(d.abs() <= MAX_LOG_RATIO, 0.0)
-        loss, slope = loss + kl_coef * kl, slope + kl_coef * bent
-    each = (weight / count if x.mean else torch.full_like(logp, weight)).where(keep, 0.0)
-    H, near = tokens(x.entropy), apart.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+            bent = (-(-d).expm1()).masked_fill(d.abs() > MAX_LOG_RATIO, 0.0)
+        if x.kl_coef:  # else a metric, which may be infinite
+            loss, slope = loss + x.kl_coef * kl, slope + x.kl_coef * bent
+    each = (1 / count if x.mean else torch.ones_like(logp)).where(keep, 0.0)
+    H, clamped = tokens(x.entropy), log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     full = sum_rows(keep.to(flat.dtype), place, B + 1) > 0
-    counted = (ratio, (ratio - 1).abs(), *bounds, -near, near**2 / 2, kl, H)
-    parts = [each * (loss - entropy_coef * H), keep, full, *(y.where(keep, 0) for y in counted)]
+    counted = (ratio, (ratio - 1).abs(), *bounds, -clamped, clamped**2 / 2, kl, H)
+    parts = [
+        each * (loss - x.entropy_coef * H if x.entropy_coef else loss),
+        keep,
+        full,
+        *(y.where(keep, 0) for y in counted),
+    ]
     out = logp.new_zeros(SUMS, dtype=torch.float64)
     out[: len(parts)] = torch.stack([part.sum(dtype=torch.float64) for part in parts])
     out[-1] = torch.cat([ratio.where(keep, 0.0), ratio.new_zeros(1)]).max()
     dlogp, dentropy = x.gradients()
     if dlogp is not None:
-        dlogp.copy_((each * slope).view_as(dlogp))
+        dlogp.copy_((each * slope).where(keep, 0.0).view_as(dlogp))
     if dentropy is not None:
-        dentropy.copy_((-entropy_coef * each).view_as(dentropy))
+        dentropy.copy_((-x.entropy_coef * each).view_as(dentropy))
     return _found(x, out[0], out, dlogp, dentropy)
 
 
 # 3. kernels
 @triton.jit
 def _surrogate(
-    logp, d, ratio, inside, advantage, low, high, dual, per_temperature, FORM: tl.constexpr
+    logp, d, ratio, outside, advantage, low, high, dual, per_temperature, FORM: tl.constexpr
 ):
     """Loss, its slope in logp, and which bounds bind."""
     below = ratio < 1 - low
@@ -203,13 +211,13 @@ def _surrogate(
     if FORM == "clip":
         below = below & (advantage < 0)
         above = above & (advantage > 0)
-        bounded = tl.minimum(tl.maximum(ratio, 1 - low), 1 + high)
+        bounded = clamp(ratio, 1 - low, 1 + high)
         bound = below | above
         loss = tl.where(past, -dual * advantage, -advantage * tl.where(bound, bounded, ratio))
-        slope = tl.where(bound | past | (inside == 0), 0.0, -advantage * ratio)
+        slope = tl.where(bound | past | outside, 0.0, -advantage * ratio)
     elif FORM == "cispo":
         past = past & False
-        slope = -advantage * tl.minimum(tl.maximum(ratio, 1 - low), 1 + high)
+        slope = -advantage * clamp(ratio, 1 - low, 1 + high)
         loss = slope * logp
     else:
         below = below & False
@@ -220,12 +228,12 @@ def _surrogate(
             loss = error * error
             slope = 2 * error
         else:
-            slope = -tl.exp(tl.minimum(advantage * per_temperature, 20.0))
+            slope = -tl.exp(clamp(advantage * per_temperature, float("-inf"), 20.0))
             loss = slope * logp
     return loss, slope, below, above, past
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "width"])
 def _policy(
     logp_ptr,
     advantages_ptr,
@@ -240,7 +248,6 @@ def _policy(
     partial_ptr,
     N,
     width,
-    weight,
     low,
     high,
     dual,
@@ -264,9 +271,9 @@ def _policy(
     start, end, first, step = reach(cu_ptr, width, N, SPANS, BLOCK_T)
     none = tl.zeros((WORDS,), tl.float32)
     tokens = none
-    apart_sum = none
+    log_ratio_sum = none
     mean_log_ratio = tl.full((), 0.0, tl.float32)
-    per_token = weight
+    per_token = tl.full((), 1.0, tl.float32)
     if BY_SEQUENCE or MEAN:
         for e in range(first, end, step):
             t = e + lanes
@@ -274,12 +281,12 @@ def _policy(
             keep = kept(mask_ptr, t, start, end, there)
             tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
             if BY_SEQUENCE and old_ptr is not None:
-                apart = read(logp_ptr, t, there, keep) - read(old_ptr, t, there, keep)
-                apart_sum += tl.sum(apart, 1)
+                log_ratio = read(logp_ptr, t, there, keep) - read(old_ptr, t, there, keep)
+                log_ratio_sum += tl.sum(log_ratio, 1)
         count = tl.maximum(tl.sum(tokens, 0), 1.0)
-        mean_log_ratio = tl.sum(apart_sum, 0) / count
+        mean_log_ratio = tl.sum(log_ratio_sum, 0) / count
         if MEAN:
-            per_token = weight / count
+            per_token = 1 / count
         tokens = none
     loss_sum = none
     ratios = none
@@ -302,19 +309,27 @@ def _policy(
             advantage = zero + tl.load(advantages_ptr + p)
         else:
             advantage = read(advantages_ptr, t, there, keep)
-        apart = zero
+        log_ratio = zero
         if old_ptr is not None:
-            apart = logp - read(old_ptr, t, there, keep)
-        used = apart
+            log_ratio = logp - read(old_ptr, t, there, keep)
+        used_log_ratio = log_ratio
         if BY_SEQUENCE:
-            used = zero + mean_log_ratio
-        bounded = tl.minimum(tl.maximum(used, -20.0), 20.0)
-        ratio = tl.exp(bounded)
+            used_log_ratio = zero + mean_log_ratio
+        ratio = tl.exp(clamp(used_log_ratio, -20.0, 20.0))
         d = logp
         if ref_ptr is not None:
             d = logp - read(ref_ptr, t, there, keep)
         loss, slope, below, above, past = _surrogate(
-            logp, d, ratio, used == bounded, advantage, low, high, dual, per_temperature, FORM
+            logp,
+            d,
+            ratio,
+            tl.abs(used_log_ratio) > 20.0,
+            advantage,
+            low,
+            high,
+            dual,
+            per_temperature,
+            FORM,
         )
         if importance_ptr is not None:
             importance = read(importance_ptr, t, there, keep)
@@ -322,12 +337,13 @@ def _policy(
             slope *= importance
         if ref_ptr is not None:
             k, k_slope = kl_of(d, KL)
-            loss += kl_coef * k
-            slope += kl_coef * k_slope
+            # without a coefficient a metric, which may be infinite
+            loss += tl.where(kl_coef == 0, 0.0, kl_coef * k)
+            slope += tl.where(kl_coef == 0, 0.0, kl_coef * k_slope)
             kl_sum += tl.sum(tl.where(keep, k, 0.0), 1)
         if entropy_ptr is not None:
             entropy = read(entropy_ptr, t, there, keep)
-            loss -= entropy_coef * entropy
+            loss -= tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
             entropies += tl.sum(entropy, 1)
         if dlogp_ptr is not None:
             grad = tl.where(keep, per_token * slope, 0.0)
@@ -335,7 +351,7 @@ def _policy(
         if dentropy_ptr is not None:
             grad = tl.where(keep, -entropy_coef * per_token, 0.0)
             write(dentropy_ptr, t, grad, start, end, WHOLE)
-        near = tl.minimum(tl.maximum(apart, -20.0), 20.0)
+        clamped = clamp(log_ratio, -20.0, 20.0)
         tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
         loss_sum += tl.sum(tl.where(keep, loss, 0.0), 1)
         ratios += tl.sum(tl.where(keep, ratio, 0.0), 1)
@@ -343,15 +359,16 @@ def _policy(
         belows += tl.sum(tl.where(keep & below, 1.0, 0.0), 1)
         aboves += tl.sum(tl.where(keep & above, 1.0, 0.0), 1)
         pasts += tl.sum(tl.where(keep & past, 1.0, 0.0), 1)
-        ppo_kl -= tl.sum(near, 1)
-        approx_kl += tl.sum(0.5 * near * near, 1)
-        largest = tl.maximum(largest, tl.max(tl.where(keep, ratio, 0.0), 1))
+        ppo_kl -= tl.sum(clamped, 1)
+        approx_kl += tl.sum(0.5 * clamped * clamped, 1)
+        largest = maximum(largest, tl.max(tl.where(keep, ratio, 0.0), 1))
     out = partial_ptr + p.to(tl.int64) * SUMS
     count = tl.sum(tokens, 0)
     tl.store(out, per_token * tl.sum(loss_sum, 0))
     tl.store(out + 1, count)
     tl.store(out + 2, tl.where(count > 0, 1.0, 0.0))
-    tl.store(out + 3, tl.sum(ratios, 0))
+    ratio_sum = tl.sum(ratios, 0)
+    tl.store(out + 3, ratio_sum)
     tl.store(out + 4, tl.sum(deviations, 0))
     tl.store(out + 5, tl.sum(belows, 0))
     tl.store(out + 6, tl.sum(aboves, 0))
@@ -361,7 +378,9 @@ def _policy(
     tl.store(out + 10, tl.sum(kl_sum, 0))
     tl.store(out + 11, tl.sum(entropies, 0))
     rest = tl.arange(0, SUMS)
-    tl.store(out + rest, tl.max(largest, 0), mask=rest > 11)
+    # a reduction's maximum leaves NaN out
+    most = tl.where(ratio_sum == ratio_sum, tl.max(largest, 0), ratio_sum)
+    tl.store(out + rest, most, mask=rest > 11)
 
 
 def _in_triton(x: _Inputs) -> _Found:
@@ -374,9 +393,12 @@ def _in_triton(x: _Inputs) -> _Found:
             partials,
             x.logp.numel(),
             x.logp.shape[-1],
-            *x.numbers[:4],
-            1 / x.numbers[4],  # a division would be a call
-            *x.numbers[5:],
+            x.clip_low,
+            x.clip_high,
+            x.dual_clip,
+            1 / x.temperature,  # a division would be a call
+            x.kl_coef,
+            x.entropy_coef,
             FORM=x.form,
             KL=x.estimator,
             SPANS=x.spans,
@@ -404,28 +426,33 @@ def policy_op(
     is_weight: Tensor | None,
     form: str,
     by_sequence: bool,
-    numbers: list[float],
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    temperature: float,
+    kl_coef: float,
+    entropy_coef: float,
     estimator: str,
     mean: bool,
     spans: bool,
-    wanted: str,
+    dlogp: bool,
+    dentropy: bool,
 ) -> _Found:
     tokens = (logp, advantages, old_logp, mask, cu_seqlens, ref_logp, entropy, is_weight)
-    x = _Inputs(*tokens, form, by_sequence, numbers, estimator, mean, spans, wanted)
+    bounds = (form, by_sequence, clip_low, clip_high, dual_clip, temperature)
+    how = (kl_coef, entropy_coef, estimator, mean, spans, dlogp, dentropy)
+    x = _Inputs(*tokens, *bounds, *how)
     backend = choose(logp.device.type, logp.dtype, "ppo")
     if backend != "cpp":
         return _in_triton(x) if backend == "triton" else _in_torch(x)
     sums, grads = logp.new_zeros(SUMS, dtype=torch.float64), x.gradients()
-    torch.ops.fastpref_ppo.policy(*x[:-1], *grads, sums)
+    torch.ops.fastpref_ppo.policy(*x[:-2], *grads, sums)
     return _found(x, sums[0], sums, *grads)
 
 
 @policy_op.register_fake
 def _(logp, *args):  # type: ignore[no-untyped-def]
-    grads = (
-        torch.empty_like(logp) if name in args[-1] else logp.new_empty(0)
-        for name in ("dlogp", "dentropy")
-    )
+    grads = (torch.empty_like(logp) if wanted else logp.new_empty(0) for wanted in args[-2:])
     sums = logp.new_empty(SUMS, dtype=torch.float64)
     return logp.new_empty(()), sums, *grads
 
@@ -445,7 +472,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
             ctx.saved_tensors, (ctx.needs_input_grad[i] for i in (0, 6)), strict=True
         )
     ]
-    return grads[0], *[None] * 5, grads[1], *[None] * 8
+    return grads[0], *[None] * 5, grads[1], *[None] * 14
 
 
 policy_op.register_autograd(_backward, setup_context=_setup)

@@ -23,8 +23,11 @@ from fastpref.kernels.sequences import (
     check_constants,
     check_reduction,
     check_tokens,
+    clamp,
+    dense,
     fold,
     kept,
+    maximum,
     moments,
     new_partials,
     num_sequences,
@@ -54,8 +57,7 @@ class _Inputs(NamedTuple):
     mask: Tensor | None  # bool
     cu_seqlens: Tensor | None  # (B+1,)
     clip: float
-    weight: float  # of a token
-    mean: bool  # weights are over a sequence's tokens that count
+    mean: bool  # over a sequence's tokens that count
     spans: bool  # a pass over each sequence
     gradient: bool
 
@@ -89,17 +91,18 @@ def _found(x: _Inputs, loss: Tensor, sums: Tensor, dvalues: Tensor | None) -> _F
 def _in_torch(x: _Inputs) -> _Found:
     keep = torch.ones_like(x.values, dtype=torch.bool) if x.mask is None else x.mask
     V, R = x.values.where(keep, 0.0), x.returns.where(keep, 0.0)
-    near = V
+    near, binds = V, torch.zeros_like(keep)
     if x.old_values is not None:
         old = x.old_values.where(keep, 0.0)
         near = old + (V - old).clamp(-x.clip, x.clip)
-    binds = (near - R) ** 2 > (V - R) ** 2
+        # else rounding decides: near is V, by another way
+        binds = ((V - old).abs() > x.clip) & ((near - R) ** 2 > (V - R) ** 2)
     place, B = sequence_of(V, x.cu_seqlens), num_sequences(V, x.cu_seqlens)
     count = sum_rows(keep.flatten().to(V.dtype), place, B + 1)
-    each = keep.to(V.dtype) * x.weight
+    each = keep.to(V.dtype)
     if x.mean:
         each = each / gather_rows(count.clamp(min=1), place).view_as(V)
-    loss = each * torch.where(binds, near - R, V - R) ** 2 / 2
+    loss = each * torch.maximum((near - R) ** 2, (V - R) ** 2) / 2
     squares = (x.double() ** 2 for x in (R, R - V))
     parts = (loss, keep, count > 0, binds & keep, V, R, next(squares), R - V, next(squares))
     out = V.new_zeros(SUMS, dtype=torch.float64)
@@ -109,7 +112,7 @@ def _in_torch(x: _Inputs) -> _Found:
 
 
 # 3. kernel
-@triton.jit
+@triton.jit(do_not_specialize=["N", "width"])
 def _value(
     values_ptr,
     old_ptr,
@@ -121,7 +124,6 @@ def _value(
     N,
     width,
     clip,
-    weight,
     MEAN: tl.constexpr,
     SPANS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -134,13 +136,13 @@ def _value(
     start, end, first, step = reach(cu_ptr, width, N, SPANS, BLOCK_T)
     none = tl.zeros((WORDS,), tl.float32)
     tokens = none
-    per_token = weight
+    per_token = tl.full((), 1.0, tl.float32)
     if MEAN:
         for e in range(first, end, step):
             t = e + lanes
             keep = kept(mask_ptr, t, start, end, words(t, start, end))
             tokens += tl.sum(tl.where(keep, 1.0, 0.0), 1)
-        per_token = weight / tl.maximum(tl.sum(tokens, 0), 1.0)
+        per_token = 1 / tl.maximum(tl.sum(tokens, 0), 1.0)
         tokens = none
     losses = none
     clipped = none
@@ -158,13 +160,14 @@ def _value(
         value = read(values_ptr, t, there, keep)
         target = read(returns_ptr, t, there, keep)
         error = target - value
-        near = value
+        miss = error
+        binds = keep & False
         if old_ptr is not None:
             old = read(old_ptr, t, there, keep)
-            near = old + tl.minimum(tl.maximum(value - old, -clip), clip)
-        miss = target - near
-        binds = miss * miss > error * error
-        losses += tl.sum(0.5 * tl.maximum(miss * miss, error * error), 1)
+            miss = target - (old + clamp(value - old, -clip, clip))
+            # else rounding decides: one is the other, by another way
+            binds = (tl.abs(value - old) > clip) & (miss * miss > error * error)
+        losses += tl.sum(0.5 * maximum(miss * miss, error * error), 1)
         if dvalues_ptr is not None:
             grad = tl.where(binds, 0.0, -per_token * error)
             write(dvalues_ptr, t, grad, start, end, WHOLE)
@@ -209,7 +212,6 @@ def _in_triton(x: _Inputs) -> _Found:
             x.values.numel(),
             x.values.shape[-1],
             x.clip,
-            x.weight,
             MEAN=x.mean,
             SPANS=x.spans,
             WHOLE=whole_words(x.values, x.cu_seqlens, x.spans),
@@ -229,13 +231,12 @@ def _op(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     clip: float,
-    weight: float,
     mean: bool,
     spans: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = (values, old_values, returns, mask, cu_seqlens)
-    x = _Inputs(*tokens, clip, weight, mean, spans, gradient)
+    x = _Inputs(*tokens, clip, mean, spans, gradient)
     backend = choose(values.device.type, values.dtype, "ppo")
     if backend != "cpp":
         return _in_triton(x) if backend == "triton" else _in_torch(x)
@@ -284,15 +285,25 @@ class ValueLoss(NamedTuple):
 
 
 def explained_variance(sums: dict[str, Tensor]) -> Tensor:
-    """1 - var(R - V) / var(R), from the summed metrics of :func:`ppo_value_loss`; 0 where the
-    returns do not vary."""
+    """1 - var(R - V) / var(R), 0-d fp64; 0 where the returns do not vary.
+
+    Args:
+        sums: the metrics of :func:`ppo_value_loss` with reduction="sum", or of several calls and
+            ranks their sum by name.
+
+    Raises:
+        ValueError: they are means.
+    """
+    if "explained_variance" in sums:
+        raise ValueError('need sums (reduction="sum"), got the means of a call')
     n = sums["tokens"].double().clamp(min=1)
 
     def variance(name: str) -> Tensor:
         return (sums[f"{name}_squared"].double() / n - (sums[name].double() / n) ** 2).clamp(min=0)
 
     of_returns = variance("returns")
-    return torch.where(of_returns > 0, 1 - variance("error") / of_returns, 0.0)
+    varies = of_returns > 1e-12 * sums["returns_squared"].double() / n
+    return torch.where(varies, 1 - variance("error") / of_returns, 0.0)
 
 
 def ppo_value_loss(
@@ -325,7 +336,7 @@ def ppo_value_loss(
         reduction: "sum", or "mean" to divide by this call's own count.
 
     Returns:
-        ValueLoss(loss, count, metrics). Without a token that counts all are 0.
+        ValueLoss(loss, count, metrics). Without a token that counts loss and metrics are 0.
 
     Raises:
         ValueError: a shape, device, range or name differs from the above, or a constant needs a
@@ -335,7 +346,7 @@ def ppo_value_loss(
     Source: Ouyang et al. 2022, arXiv:2203.02155; the clip Schulman's baselines, as TRL has it.
     """
     tokens = {"values": values, "returns": returns, "old_values": old_values}
-    dtype = check_tokens(tokens, {}, mask, cu_seqlens)
+    dtype = check_tokens(tokens, {}, mask, cu_seqlens, needed=2)
     check_constants(returns=returns, old_values=old_values)
     if (clip is None) != (old_values is None):
         got = f"clip {clip} and old_values {'None' if old_values is None else 'given'}"
@@ -347,8 +358,8 @@ def ppo_value_loss(
     rows = [None if x is None else x.to(dtype).contiguous() for x in tokens.values()]
     gradient = torch.is_grad_enabled() and values.requires_grad
     loss, found, _ = _op(
-        *(rows[0], rows[2], rows[1], as_flags(mask), cu_seqlens, clip or 0.0),
-        *(how.weight, how.mean, how.by_sequence, gradient),
+        *(rows[0], rows[2], rows[1], as_flags(mask), dense(cu_seqlens), clip or 0.0),
+        *(how.mean, how.by_sequence, gradient),
     )
     _, *columns = found.unbind()
     sums = dict(zip(_SUM_NAMES[1:], columns, strict=False))

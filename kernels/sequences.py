@@ -1,5 +1,6 @@
 """Where sequences lie among tokens, the rows of (B, T) or packed, and how they are summed."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -54,40 +55,60 @@ def check_tokens(
     sequences: Mapping[str, Tensor | None],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    needed: int = 1,
 ) -> torch.dtype:
     """The dtype to compute in, of floating-point tensors a token or a sequence each.
 
-    ValueError, TypeError: they do not fit each other, the mask or cu_seqlens.
+    ValueError, TypeError: they do not fit each other, the mask or cu_seqlens, or one of the first
+    ``needed`` of the tokens is lacking.
     """
-    given = {name: x for name, x in tokens.items() if x is not None}
-    first, like = next(iter(given.items()))
-    want = 2 if cu_seqlens is None else 1
-    letters = "(B, T)" if want == 2 else "(T,) with cu_seqlens"
-    whole = given | ({} if mask is None else {"mask": mask})
-    for name, x in whole.items():
-        if x.ndim != want:
-            raise ValueError(f"need {name} {letters}, got {tuple(x.shape)}")
-        if x.shape != like.shape:
-            got = f"{tuple(x.shape)} and {tuple(like.shape)}"
-            raise ValueError(f"need {name} of the shape of {first}, got {got}")
+    where = {"mask": mask, "cu_seqlens": cu_seqlens}
+    every = {**tokens, **sequences, **where}
+    named = {name: x for i, (name, x) in enumerate(every.items()) if i < needed or x is not None}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"need a tensor for {name}, got {type(x).__name__}")
+    first, like = next(iter(named.items()))
+    if like.ndim != (2 if cu_seqlens is None else 1):
+        got = f"{tuple(like.shape)} {'without' if cu_seqlens is None else 'with'} them"
+        raise ValueError(f"need {first} (B, T), or (T,) with cu_seqlens, got {got}")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, len(like))
     B = num_sequences(like, cu_seqlens)
-    each = {name: x for name, x in sequences.items() if x is not None}
-    for name, x in each.items():
-        if x.shape != (B,):
+    for name, x in named.items():
+        if (name in tokens or name == "mask") and x.shape != like.shape:
+            raise ValueError(f"need {name} like {first}, {tuple(like.shape)}, got {tuple(x.shape)}")
+        if name in sequences and x.shape != (B,):
             raise ValueError(f"need {name} (B,) = ({B},), got {tuple(x.shape)}")
-    for name, x in (given | each).items():
-        if not x.is_floating_point():
+        if name not in where and not x.is_floating_point():
             raise TypeError(f"need floating-point {name}, got {x.dtype}")
-    if mask is not None and (mask.is_floating_point() or mask.is_complex()):
-        raise TypeError(f"need a bool or integer mask, got {mask.dtype}")
-    others = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-    for name, x in (whole | each | others).items():
         if x.device != like.device:
             raise ValueError(f"need {name} on {like.device}, got {x.device}")
-    dtypes = {x.dtype for x in (given | each).values()}
+    check_mask(mask)
+    dtypes = {x.dtype for name, x in named.items() if name not in where}
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """TypeError, or ValueError (on the CPU only, where it costs no sync): no flags."""
+    if mask is None or mask.dtype == torch.bool:
+        return
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"need a bool or integer mask, got {mask.dtype}")
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.numel():
+        low, high = (int(x) for x in mask.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"need a mask of 0 and 1, got {low} to {high}")
+
+
+def check_number(**options: float) -> None:
+    """ValueError, TypeError: none that is finite and not negative."""
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            raise TypeError(f"need a number for {name}, got a tensor")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"need {name} >= 0 and finite, got {value}")
 
 
 def check_constants(**constants: Tensor | None) -> None:
@@ -100,6 +121,10 @@ def as_flags(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.bool().contiguous()
 
 
+def dense(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
 def constants(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     """As the kernels read them, without gradients."""
     return [None if x is None else x.detach().to(dtype).contiguous() for x in tensors]
@@ -109,12 +134,12 @@ def constants(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None
 class Aggregation(NamedTuple):
     """How losses of tokens become a sum and what it is divided by."""
 
-    weight: float = 1.0
-    """Of every token."""
     mean: bool = False
-    """Whether a token's weight is divided by the number of those that count in its sequence."""
+    """Whether a sequence's sum is divided by the number of its tokens that count."""
     per: str = "tokens"
     """What is counted: tokens that count, sequences that have one, or all sequences."""
+    length: float = 1
+    """What the sum is divided by."""
 
     @property
     def by_sequence(self) -> bool:
@@ -142,7 +167,7 @@ def aggregation(mode: str, max_length: float | None, tokens: Tensor) -> Aggregat
     if max_length is None and tokens.ndim == 1:
         raise ValueError("need max_length for seq-mean-token-sum-norm of packed tokens, got None")
     length = tokens.shape[1] if max_length is None else max_length
-    return AGGREGATIONS[mode]._replace(weight=1 / max(length, 1))
+    return AGGREGATIONS[mode]._replace(length=max(length, 1))
 
 
 def check_reduction(reduction: str) -> None:
@@ -154,7 +179,9 @@ def reduced(
     loss: Tensor, sums: Mapping[str, Tensor], how: Aggregation, B: int, reduction: str
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(loss, count, metrics): sums, or divided by what they are sums over."""
-    count = loss.new_full((), B) if how.per == "all" else sums[how.per].to(loss.dtype)
+    loss = loss / how.length if how.per == "all" else loss
+    # of its own: who reduces it over ranks must not change a metric
+    count = loss.new_full((), B) if how.per == "all" else sums[how.per].to(loss.dtype, copy=True)
     metrics = {name: x for name, x in sums.items() if name != "sequences"}
     if reduction == "mean":
         loss = loss / count.clamp(min=1)
@@ -247,6 +274,17 @@ def write(ptr, t, x, start, end, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def maximum(a, b):
+    # a NaN stays one, so that the loss shows it
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(maximum(x, low), high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def kl_of(d, KL: tl.constexpr):
     """The estimate of a log-ratio d, and its slope; see gae.kl_estimate."""
     if KL == "k1":
@@ -254,16 +292,15 @@ def kl_of(d, KL: tl.constexpr):
     elif KL == "k2":
         return d * d * 0.5, d
     else:
-        bound = tl.minimum(tl.maximum(d, -20.0), 20.0)
-        # Taylor's series where 1 would swallow d
-        tail = 1 - bound * (1 / 3) * (1 - bound * (1 / 4) * (1 - bound * (1 / 5)))
-        exp = tl.exp(-bound)
-        small = tl.abs(bound) < 0.1
-        k = tl.where(small, bound * bound * (1 / 2) * tail, exp - 1 + bound)
+        x = clamp(d, -20.0, 20.0)
+        # Taylor's series where 1 would swallow x
+        tail = 1 - x * (1 / 6) * (1 - x * (1 / 7) * (1 - x * (1 / 8) * (1 - x * (1 / 9))))
+        tail = 1 - x * (1 / 3) * (1 - x * (1 / 4) * (1 - x * (1 / 5) * tail))
+        k = tl.where(tl.abs(x) < 0.5, x * x * (1 / 2) * tail, tl.exp(-x) - 1 + x)
         if KL == "k3+":
             slope = d
         else:
-            slope = tl.where(d == bound, 1 - exp, 0.0)
+            slope = tl.where(tl.abs(d) > 20.0, 0.0, x - k)
         return k, slope
 
 
@@ -285,10 +322,10 @@ def _fold(partial_ptr, out_ptr, first_ptr, P, SUMS: tl.constexpr, BLOCK_P: tl.co
     for p in range(0, P, BLOCK_P):
         here = p + lane < P
         x = tl.load(partial_ptr + (p + lane).to(tl.int64) * SUMS + column, mask=here, other=0.0)
-        total = tl.where(column == SUMS - 1, tl.maximum(total, x), total + x)
+        total = tl.where(column == SUMS - 1, maximum(total, x), total + x)
     largest, sums = tl.max(total, 0), tl.sum(total, 0)
     name = tl.arange(0, SUMS)
-    out = tl.where(name == SUMS - 1, largest, sums)
+    out = tl.where((name == SUMS - 1) & (sums == sums), largest, sums)  # a NaN stays one
     tl.store(out_ptr + name, out)
     tl.store(first_ptr + name, out, mask=name == 0)
 

@@ -42,8 +42,7 @@ def group_advantages(scores: Tensor, groups: Tensor, *, estimator: str = "grpo")
     """How much better each completion is than the others of its group.
 
     Args:
-        scores: (B,) rewards of completions; floating point, finite, which is checked on the CPU
-            only.
+        scores: (B,) rewards of completions, of any dtype; finite, which is checked on the CPU only.
         groups: (G+1,) int32 or int64: group g holds completions groups[g] to groups[g+1]. It rises
             from 0 to B, which is checked on the CPU only.
         estimator: a name of ``ADVANTAGES``, where each says its formula.
@@ -62,7 +61,7 @@ def group_advantages(scores: Tensor, groups: Tensor, *, estimator: str = "grpo")
     if scores.ndim != 1:
         raise ValueError(f"need scores (B,), got {tuple(scores.shape)}")
     if not scores.is_floating_point():
-        raise TypeError(f"need floating-point scores, got {scores.dtype}")
+        scores = scores.float()  # of answers that are right or wrong
     check_cu_seqlens(groups, len(scores), name="groups")
     on_cpu = scores.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and not scores.isfinite().all():

@@ -13,8 +13,10 @@ from fastpref.kernels.sequences import (
     aggregation,
     as_flags,
     check_constants,
+    check_number,
     check_reduction,
     check_tokens,
+    dense,
     num_sequences,
     reduced,
 )
@@ -74,7 +76,7 @@ class PolicyLoss(NamedTuple):
     ``clipfrac_low``, ``clipfrac_high`` and ``clipfrac_dual`` (where a bound binds), ``ppo_kl``
     (minus the log-ratio, verl's) and ``approx_kl`` (half its square, TRL's); of the inputs that
     came ``kl`` (from the reference) and ``entropy``. Beside them the number of ``tokens``, and the
-    largest ratio, ``ratio_max``."""
+    largest ratio, ``ratio_max``: over calls its maximum."""
 
 
 def _variant(loss_type: str) -> PolicyVariant:
@@ -87,10 +89,8 @@ def _variant(loss_type: str) -> PolicyVariant:
 
 def _check_numbers(dual_clip: float | None, kl_estimator: str, **options: float) -> None:
     for name, value in options.items():
-        if not value >= 0:
-            raise ValueError(f"need {name} >= 0, got {value}")
-        if not name.startswith("clip") and not math.isfinite(value):
-            raise ValueError(f"need a finite {name}, got {value}")
+        if not (name.startswith("clip") and value == math.inf):
+            check_number(**{name: value})
     if not options["temperature"]:
         raise ValueError("need temperature > 0, got 0")
     if dual_clip is not None and not dual_clip > 1:
@@ -125,6 +125,7 @@ def ppo_policy_loss(
     """Policy loss of tokens, its gradients and every statistic of them, in one read.
 
     rho = exp(logp - old_logp), the log-ratio clamped to [-20, 20], past which no gradient flows.
+    Not twice differentiable.
 
     Args:
         logp: (B, T), or (T,) with ``cu_seqlens``: log-probs of the tokens, in nats; floating point,
@@ -132,13 +133,15 @@ def ppo_policy_loss(
         advantages: like logp, or (B,) one a sequence (of packed tokens (T,) means one a token).
         old_logp: like logp, under the policy at the start of the epochs; None: logp itself, the
             ratio is 1.
-        mask: like logp, bool or integers 0 and 1: the tokens that count; others may hold anything.
+        mask: like logp, bool or integers 0 and 1 (checked on the CPU only): the tokens that count,
+            of packed ones too; others may hold anything.
         cu_seqlens: (B+1,) int32 or int64 offsets of packed sequences, rising from 0 to T, which is
             checked on the CPU only.
         loss_type: a name of ``fastpref.losses.policy.POLICY_LOSSES``, which says what None means
             below: ppo, dapo, grpo, dr_grpo and gspo are clipped (gspo by the ratio of the
-            sequence), espo is not; cispo weighs logp by the clipped ratio; apa regresses logp -
-            ref_logp on advantages / temperature; awr weighs logp by exp(advantages / temperature).
+            sequence, whose gradient each token has by its own advantage), espo is not; cispo weighs
+            logp by the clipped ratio; apa regresses logp - ref_logp on advantages / temperature;
+            awr weighs logp by exp(advantages / temperature).
         clip_low: the ratio is bounded below by 1 - clip_low; may be inf.
         clip_high: and above by 1 + clip_high; may be inf.
         dual_clip: c > 1: the loss is at most -c A where A < 0; None: without, as TRL; verl's is 3.
@@ -157,7 +160,7 @@ def ppo_policy_loss(
         reduction: "sum", or "mean" to divide by this call's own count.
 
     Returns:
-        PolicyLoss(loss, count, metrics). Without a token that counts all are 0.
+        PolicyLoss(loss, count, metrics). Without a token that counts loss and metrics are 0.
 
     Raises:
         ValueError: a shape, device, range or name differs from the above, a constant needs a
@@ -176,22 +179,28 @@ def ppo_policy_loss(
     }
     _check_numbers(dual_clip, kl_estimator, **options)
     check_reduction(reduction)
+    if dual_clip is not None and variant.form != "clip":
+        raise ValueError(f"loss_type {loss_type!r} has no dual_clip, got {dual_clip}")
+    of_ratio = variant.form in ("clip", "cispo")
+    own = {"clip_low": of_ratio, "clip_high": of_ratio, "temperature": not of_ratio}
+    given = {"clip_low": clip_low, "clip_high": clip_high, "temperature": temperature}
+    for name, value in given.items():
+        if value is not None and not own[name]:
+            raise ValueError(f"loss_type {loss_type!r} has no {name}, got {value}")
+    tokens = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy}
     if ref_logp is None and (variant.form == "apa" or kl_coef):
         what = loss_type if variant.form == "apa" else f"kl_coef {kl_coef}"
         raise ValueError(f"need ref_logp for {what}, got None")
     if entropy is None and entropy_coef:
         raise ValueError(f"need entropy for entropy_coef {entropy_coef}, got None")
-    if dual_clip is not None and variant.form != "clip":
-        raise ValueError(f"loss_type {loss_type!r} has no dual_clip, got {dual_clip}")
-    if temperature is not None and variant.form not in ("apa", "awr"):
-        raise ValueError(f"loss_type {loss_type!r} has no temperature, got {temperature}")
-    tokens = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy}
     constants = {"old_logp": old_logp, "ref_logp": ref_logp, "is_weight": is_weight}
-    tokens = {"logp": logp, "entropy": entropy, **constants}
-    constants["advantages"] = advantages
-    each = advantages.ndim == 1 and advantages.shape != logp.shape
-    sequences = {"advantages": advantages} if each else {}
-    dtype = check_tokens(tokens if each else tokens | constants, sequences, mask, cu_seqlens)
+    each = isinstance(advantages, Tensor) and advantages.ndim == 1
+    each = each and advantages.shape != logp.shape
+    weighed = {"advantages": advantages}
+    tokens = {"logp": logp} | ({} if each else weighed) | {"entropy": entropy} | constants
+    needed = 1 if each else 2
+    dtype = check_tokens(tokens, weighed if each else {}, mask, cu_seqlens, needed=needed)
+    constants |= weighed
     check_constants(**constants)
     mode = variant.loss_agg_mode if loss_agg_mode is None else loss_agg_mode
     how = aggregation(mode, max_length, logp)
@@ -199,18 +208,16 @@ def ppo_policy_loss(
     def read(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(dtype).contiguous()
 
-    wanted = []
-    if torch.is_grad_enabled():
-        wanted += ["dlogp"] * logp.requires_grad
-        wanted += ["dentropy"] * (entropy is not None and entropy.requires_grad)
+    trains = torch.is_grad_enabled()
     rows = [read(x) for x in (logp, advantages, old_logp, ref_logp, entropy, is_weight)]
-    numbers = [how.weight, options["clip_low"], options["clip_high"], dual_clip or math.inf]
-    numbers += [options["temperature"], kl_coef, entropy_coef]
-    spans = variant.by_sequence or how.by_sequence or each
+    bounds = (options["clip_low"], options["clip_high"], dual_clip or math.inf)
     loss, found, *_ = policy_op(
-        *(rows[0], rows[1], rows[2], as_flags(mask), cu_seqlens, *rows[3:]),
-        *(variant.form, variant.by_sequence, numbers, kl_estimator, how.mean),
-        *(spans, " ".join(wanted)),
+        *(rows[0], rows[1], rows[2], as_flags(mask), dense(cu_seqlens), *rows[3:]),
+        *(variant.form, variant.by_sequence, *bounds, options["temperature"]),
+        *(kl_coef, entropy_coef, kl_estimator, how.mean),
+        variant.by_sequence or how.by_sequence or each,
+        trains and logp.requires_grad,
+        trains and entropy is not None and entropy.requires_grad,
     )
     _, *columns = found.unbind()
     sums = dict(zip(SUM_NAMES[1:], columns, strict=False)) | {"ratio_max": columns[-1]}

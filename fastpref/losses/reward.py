@@ -47,13 +47,14 @@ def reward_loss(
     named = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
     for name, x in {**named, "margin": margin}.items():
         if x is not None and (x.ndim != 1 or x.shape != chosen_rewards.shape):
-            shape = tuple(chosen_rewards.shape)
-            raise ValueError(f"need {name} (P,) = {shape}, got {tuple(x.shape)}")
+            shape = "(P,)" if x.ndim != 1 else f"(P,) = {tuple(chosen_rewards.shape)}"
+            raise ValueError(f"need {name} {shape}, got {tuple(x.shape)}")
         if x is not None and not x.is_floating_point():
             raise TypeError(f"need floating-point {name}, got {x.dtype}")
     if not 0 <= centering < math.inf:
         raise ValueError(f"need centering >= 0, got {centering}")
-    wide = torch.promote_types(chosen_rewards.dtype, torch.float32)
+    both = torch.promote_types(chosen_rewards.dtype, rejected_rewards.dtype)
+    wide = torch.promote_types(both, torch.float32)
     chosen, rejected = chosen_rewards.to(wide), rejected_rewards.to(wide)
     gap = chosen - rejected
     losses = -logsigmoid(gap if margin is None else gap - margin.to(wide))

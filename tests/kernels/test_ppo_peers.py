@@ -18,9 +18,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fastpref.kernels.gae import gae, ppo_advantages, token_moments, whiten
+from fastpref.kernels.gae import gae, ppo_advantages
 from fastpref.kernels.ppo_value import ppo_value_loss
 from fastpref.kernels.sequences import AGGREGATIONS
+from fastpref.kernels.whiten import token_moments, whiten
 from fastpref.losses.advantage import group_advantages
 from fastpref.losses.policy import POLICY_LOSSES, ppo_policy_loss
 

@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
+import torch._dynamo.testing
 from compare import assert_no_worse, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 from fastpref import ppo_policy_loss
+from fastpref.kernels import sequences
 from fastpref.kernels.ppo_policy import kl_loss_ref, policy_op, surrogate_ref
 from fastpref.kernels.sequences import AGGREGATIONS
 from fastpref.losses.policy import POLICY_LOSSES
@@ -160,6 +163,22 @@ def test_aggregations_by_hand(mode, options, want, count):
     options = {"max_length": 3, **options} if mode.endswith("norm") else options
     again = ppo_policy_loss(**packed, cu_seqlens=cu, loss_agg_mode=mode, **options)
     assert (again.loss.item(), again.count.item()) == pytest.approx((want, count))
+
+
+def test_the_table():
+    """What every name means when nothing else is said."""
+    found = {name: variant[:-1] for name, variant in POLICY_LOSSES.items()}
+    assert found == {
+        "ppo": ("clip", False, 0.2, 0.2, "token-mean", 1.0),
+        "dapo": ("clip", False, 0.2, 0.28, "token-mean", 1.0),
+        "grpo": ("clip", False, 0.2, 0.2, "seq-mean-token-mean", 1.0),
+        "dr_grpo": ("clip", False, 0.2, 0.2, "seq-mean-token-sum-norm", 1.0),
+        "gspo": ("clip", True, 3e-4, 4e-4, "seq-mean-token-mean", 1.0),
+        "cispo": ("cispo", False, 0.2, 0.2, "token-mean", 1.0),
+        "espo": ("clip", False, math.inf, math.inf, "token-mean", 1.0),
+        "apa": ("apa", False, 0.2, 0.2, "token-mean", 0.1),
+        "awr": ("awr", False, 0.2, 0.2, "token-mean", 2.0),
+    }
 
 
 # against fp64
@@ -334,6 +353,86 @@ def test_past_twenty_nats_k3_is_bounded(estimator):
     assert logp.grad.item() == (0 if estimator == "k3" else -30)
 
 
+@pytest.mark.parametrize("d", [-12.0, -0.51, -0.49, -1e-3, 1e-5, 0.12, 0.49, 0.51, 12.0])
+def test_k3_is_right_at_any_distance(d):
+    """Where exp(-d) - 1 + d would be rounding alone, too."""
+    logp = tokens(d).requires_grad_()
+    zero = torch.zeros_like(logp)
+    found = ppo_policy_loss(logp=logp, advantages=zero, ref_logp=zero, kl_coef=1.0)
+    found.loss.backward()
+    d = logp.item()
+    series = sum((-d) ** n / math.factorial(n) for n in range(2, 30))
+    value = series if abs(d) < 1 else math.expm1(-d) + d
+    rel = 2e-6 if abs(d) > 0.1 or backend_is_exact() else 2e-2
+    assert found.loss.item() == pytest.approx(value, rel=rel)
+    assert logp.grad.item() == pytest.approx(-math.expm1(-d), rel=2e-6)
+
+
+def backend_is_exact():
+    """Not plain torch, whose expm1(-d) + d still rounds."""
+    return os.environ.get("FASTPREF_BACKEND") != "torch"
+
+
+def test_past_twenty_the_weight_of_awr_is_bounded():
+    loss, grad, _ = one(math.exp(-1.0), 100.0, loss_type="awr")
+    assert (loss, grad) == pytest.approx((math.exp(20), -math.exp(20)), rel=1e-5)
+
+
+def test_past_twenty_nats_the_estimates_are_bounded():
+    logp = tokens(25.0, -30.0)
+    found = ppo_policy_loss(logp=logp, old_logp=0 * logp, advantages=logp).metrics
+    assert (found["approx_kl"].item(), found["ppo_kl"].item()) == (400, 0)
+
+
+def test_a_reference_that_is_only_watched_may_be_anything():
+    logp = tokens(-1.0, -2.0).requires_grad_()
+    ref = tokens(-1.0, -math.inf)
+    found = ppo_policy_loss(logp=logp, advantages=tokens(1.0, 1.0), ref_logp=ref, kl_estimator="k1")
+    found.loss.backward()
+    assert found.loss.item() == -2 and logp.grad.tolist() == [[-1.0, -1.0]]
+    assert found.metrics["kl"].isinf()
+
+
+@pytest.mark.parametrize("at", [0, 69])
+def test_many_sequences(at):
+    """More programs than are added up at once; the largest ratio in the first or the last."""
+    x, mask = batch(70, 3)
+    mask[:, 0] = True
+    x["logp"][at, 0] = x["old_logp"][at, 0] + 3
+    found = ppo_policy_loss(**x, mask=mask, loss_type="grpo", reduction="mean").metrics
+    ratio = (x["logp"] - x["old_logp"]).double().exp()[mask]
+    assert found["ratio_max"].item() == pytest.approx(math.exp(3), rel=1e-5)
+    assert found["ratio"].item() == pytest.approx(ratio.mean().item(), rel=1e-5)
+
+
+def test_programs_that_take_several_blocks(monkeypatch):
+    monkeypatch.setattr(sequences, "_MAX_PROGRAMS", 2)
+    x, mask = batch(3, 2050)
+    found = ppo_policy_loss(**x, mask=mask)
+    monkeypatch.undo()
+    want = ppo_policy_loss(**wide(x), mask=mask)
+    assert found.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
+    for name, value in want.metrics.items():
+        assert found.metrics[name].item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_more_tokens_than_a_thread_takes(quick):
+    x, mask = batch(1, 80_001)
+    found = gradients(lambda x: ppo_policy_loss(**x, mask=mask, kl_coef=0.1).loss, x)
+    want = gradients(lambda x: ppo_policy_loss(**x, mask=mask, kl_coef=0.1).loss, wide(x))
+    assert found["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-5)
+    torch.testing.assert_close(found["dlogp"].double(), want["dlogp"], rtol=1e-5, atol=1e-6)
+
+
+def test_offsets_with_strides():
+    x, mask = batch(1, 6)
+    x = {k: v.flatten() for k, v in x.items()}
+    cu = torch.tensor([0, 9, 2, 9, 6, 9], device=DEV)[::2]
+    options = {"mask": mask.flatten(), "loss_type": "grpo"}
+    found, want = (ppo_policy_loss(**x, cu_seqlens=c, **options) for c in (cu, cu.contiguous()))
+    assert found.loss == want.loss and found.count == want.count
+
+
 # masks and lengths
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 
@@ -415,6 +514,34 @@ def test_lower_precision_comes_back_as_it_went():
     )
 
 
+@pytest.mark.parametrize("loss_type", ["ppo", "gspo", "cispo", "apa", "awr"])
+@pytest.mark.parametrize("name", ["logp", "old_logp", "ref_logp", "advantages", "is_weight"])
+def test_nan_in_a_token_that_counts_shows(loss_type, name):
+    x, mask = batch(2, 9)
+    mask[1, 2] = True
+    x[name][1, 2] = math.nan
+    read = {"apa": name != "old_logp", "awr": name != "old_logp"}.get(loss_type, True)
+    found = ppo_policy_loss(**x, mask=mask, loss_type=loss_type, kl_coef=0.1)
+    assert found.loss.isnan() == read
+    if name in ("logp", "old_logp"):
+        names = ("ratio", "ratio_max", "ppo_kl", "approx_kl")
+        assert all(found.metrics[k].isnan() for k in names)
+    grad = gradients(
+        lambda x: ppo_policy_loss(**x, mask=mask, loss_type=loss_type, kl_coef=0.1).loss, x
+    )["dlogp"]
+    shared = loss_type == "gspo" and name in ("logp", "old_logp")  # the ratio of the sequence
+    assert grad[1, 2].isnan() == read
+    assert grad.isnan().sum() == read * (mask[1].sum() if shared else 1)
+
+
+def test_who_reduces_the_count_changes_no_metric():
+    x, mask = batch(2, 9, F64)
+    found = ppo_policy_loss(**x, mask=mask)
+    tokens = found.metrics["tokens"].item()
+    found.count.mul_(2)
+    assert found.metrics["tokens"].item() == tokens
+
+
 def test_backward_scales_and_repeats():
     x, mask = batch(2, 9)
     logp = x.pop("logp").requires_grad_()
@@ -457,13 +584,13 @@ def test_opcheck():
     x, mask = batch(2, 5)
     rows = [x[k].requires_grad_(k in ("logp", "entropy")) for k in NAMES]
     logp, old, ref, advantages, entropy, weight = rows
-    numbers = [1.0, 0.2, 0.2, 3.0, 1.0, 0.1, 0.1]
+    numbers = (0.2, 0.2, 3.0, 1.0, 0.1, 0.1, "k3")
     args = (logp, advantages, old, mask, None, ref, entropy, weight)
-    opcheck(policy_op, (*args, "clip", False, numbers, "k3", False, False, "dlogp dentropy"))
+    opcheck(policy_op, (*args, "clip", False, *numbers, False, False, True, True))
     cu = torch.tensor([0, 3, 10], device=DEV)
     flat = [a if a is None else a.detach().flatten() for a in args]
     flat[4], flat[0] = cu, flat[0].requires_grad_()
-    opcheck(policy_op, (*flat, "clip", True, numbers, "k3", True, True, "dlogp"))
+    opcheck(policy_op, (*flat, "clip", True, *numbers, True, True, True, False))
 
 
 def test_torch_compile(backend):
@@ -481,6 +608,22 @@ def test_torch_compile(backend):
         torch.testing.assert_close(found, gradients(loss, x)[name])
 
 
+def test_no_compilation_per_length(backend):
+    if backend == "triton":
+        pytest.skip("as in the other backends")
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(logp):
+        return ppo_policy_loss(logp=logp, advantages=logp.detach(), loss_type="dr_grpo").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for T in range(3, 12):
+        logp = torch.randn(4, T, device=DEV)
+        torch.testing.assert_close(compiled(logp), loss(logp))
+    assert counter.frame_count <= 2  # the second knows that lengths differ
+
+
 LOGP = torch.zeros(2, 3, device=DEV)
 
 
@@ -491,9 +634,9 @@ LOGP = torch.zeros(2, 3, device=DEV)
         ({"loss_agg_mode": "mean"}, ValueError, "need loss_agg_mode in token-mean, .*got 'mean'"),
         ({"reduction": "none"}, ValueError, "need reduction sum or mean, got 'none'"),
         ({"kl_estimator": "k4"}, ValueError, r"need kl_estimator in k1, k2, k3, k3\+; got 'k4'"),
-        ({"clip_low": -0.1}, ValueError, "need clip_low >= 0, got -0.1"),
-        ({"clip_high": math.nan}, ValueError, "need clip_high >= 0, got nan"),
-        ({"kl_coef": math.inf}, ValueError, "need a finite kl_coef, got inf"),
+        ({"clip_low": -0.1}, ValueError, "need clip_low >= 0 and finite, got -0.1"),
+        ({"clip_high": math.nan}, ValueError, "need clip_high >= 0 and finite, got nan"),
+        ({"kl_coef": math.inf}, ValueError, "need kl_coef >= 0 and finite, got inf"),
         ({"kl_coef": 0.1}, ValueError, "need ref_logp for kl_coef 0.1, got None"),
         ({"entropy_coef": 0.1}, ValueError, "need entropy for entropy_coef 0.1, got None"),
         ({"loss_type": "apa"}, ValueError, "need ref_logp for apa, got None"),
@@ -501,17 +644,33 @@ LOGP = torch.zeros(2, 3, device=DEV)
         ({"dual_clip": 3.0, "loss_type": "cispo"}, ValueError, "'cispo' has no dual_clip, got 3.0"),
         ({"temperature": 1.0}, ValueError, "'ppo' has no temperature, got 1.0"),
         ({"temperature": 0.0, "loss_type": "awr"}, ValueError, "need temperature > 0, got 0"),
+        ({"clip_low": 0.1, "loss_type": "apa"}, ValueError, "'apa' has no clip_low, got 0.1"),
+        ({"logp": LOGP[0]}, ValueError, r"\(T,\) with cu_seqlens, got \(3,\) without them"),
+        ({"advantages": 1.0}, TypeError, "need a tensor for advantages, got float"),
+        ({"mask": LOGP.int() - 100}, ValueError, "need a mask of 0 and 1, got -100 to -100"),
         ({"max_length": 8}, ValueError, "need max_length None but for seq-mean-token-sum-norm"),
         ({"loss_type": "dr_grpo", "max_length": 0}, ValueError, "need max_length positive, got 0"),
         ({"advantages": LOGP[0]}, ValueError, r"need advantages \(B,\) = \(2,\), got \(3,\)"),
-        ({"advantages": LOGP[:, 1:]}, ValueError, "need advantages of the shape of logp"),
-        ({"old_logp": LOGP[:1]}, ValueError, r"need old_logp of the shape of logp, got \(1, 3\)"),
+        ({"advantages": LOGP[:, 1:]}, ValueError, "need advantages like logp"),
+        ({"old_logp": LOGP[:1]}, ValueError, r"need old_logp like logp, \(2, 3\), got \(1, 3\)"),
         ({"mask": LOGP}, TypeError, "need a bool or integer mask, got torch.float32"),
         ({"logp": LOGP.long()}, TypeError, "need floating-point logp, got torch.int64"),
         (
             {"old_logp": LOGP.clone().requires_grad_()},
             ValueError,
             r"need old_logp without gradient \(old_logp.detach\(\)\), got one with",
+        ),
+        (
+            {"is_weight": LOGP.clone().requires_grad_()},
+            ValueError,
+            "need is_weight without gradient",
+        ),
+        ({"mask": LOGP + 0j}, TypeError, "need a bool or integer mask, got torch.complex64"),
+        ({"old_logp": LOGP.to("meta")}, ValueError, "need old_logp on .*, got meta"),
+        (
+            {"loss_type": "dr_grpo", "max_length": math.inf},
+            ValueError,
+            "need max_length positive, got inf",
         ),
         (
             {"advantages": LOGP.clone().requires_grad_()},

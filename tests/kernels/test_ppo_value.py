@@ -88,6 +88,27 @@ def test_no_worse_than_torch(mode, shape):
         torch.testing.assert_close(found, truth[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_token_that_is_not_bounded_keeps_its_gradient(dtype):
+    """Near values that moved little: V_old + (V - V_old) is V only up to rounding."""
+    gen = torch.Generator().manual_seed(0)
+    values, moved, off = (0.1 * torch.randn(4, 500, generator=gen).to(DEV, dtype) for _ in range(3))
+    moved = moved.clamp(-0.19, 0.19)
+    x = {"values": values, "old_values": values + moved, "returns": values + off}
+    found = gradient(lambda x: ppo_value_loss(**x).loss, x)
+    torch.testing.assert_close(found["dvalues"], values - x["returns"], rtol=0, atol=0)
+    assert not ppo_value_loss(**x).metrics["clipfrac"]
+
+
+@pytest.mark.parametrize("name", ["values", "old_values", "returns"])
+def test_nan_in_a_token_that_counts_shows(name):
+    x, mask = batch(2, 9)
+    mask[1, 2] = True
+    x[name][1, 2] = math.nan
+    found = gradient(lambda x: ppo_value_loss(**x, mask=mask).loss, x)
+    assert found["loss"].isnan()
+
+
 def test_without_a_clip():
     x, mask = batch(2, 9)
     del x["old_values"]
@@ -98,7 +119,7 @@ def test_without_a_clip():
 
 
 def test_metrics_are_sums_of_which_the_explained_variance_is_made():
-    x, mask = batch(3, 40)
+    x, mask = batch(3, 1200)
     parts = [
         ppo_value_loss(**{k: v[b : b + 1] for k, v in x.items()}, mask=mask[b : b + 1])
         for b in range(3)
@@ -109,7 +130,7 @@ def test_metrics_are_sums_of_which_the_explained_variance_is_made():
     near = old + (values - old).clamp(-0.2, 0.2)
     want = {
         "tokens": len(values),
-        "clipfrac": ((near - returns) ** 2 > error**2).sum(),
+        "clipfrac": (((values - old).abs() > 0.2) & ((near - returns) ** 2 > error**2)).sum(),
         "values": values.sum(),
         "returns": returns.sum(),
         "returns_squared": (returns**2).sum(),
@@ -136,9 +157,18 @@ def test_variance_of_returns_far_from_zero():
     assert found.metrics["explained_variance"].item() == pytest.approx(want.item(), abs=1e-4)
 
 
-def test_returns_that_do_not_vary_explain_nothing():
-    x = torch.zeros(1, 4, device=DEV)
-    found = ppo_value_loss(values=x + 1, returns=x, clip=None, reduction="mean")
+def test_the_explained_variance_of_means_is_refused():
+    x, mask = batch(2, 5)
+    found = ppo_value_loss(**x, mask=mask, reduction="mean")
+    with pytest.raises(ValueError, match=r"need sums .*, got the means of a call"):
+        explained_variance(found.metrics)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1000.3])
+def test_returns_that_do_not_vary_explain_nothing(value):
+    x = torch.full((2, 500), value, device=DEV)
+    noise = torch.linspace(0, 1, 1000, device=DEV).view(2, 500)
+    found = ppo_value_loss(values=x + noise, returns=x, clip=None, reduction="mean")
     assert found.metrics["explained_variance"].item() == 0
 
 
@@ -154,7 +184,7 @@ def test_padding_may_hold_anything():
 def test_opcheck():
     x, mask = batch(2, 5)
     values = x["values"].requires_grad_()
-    args = (values, x["old_values"], x["returns"], mask, None, 0.2, 1.0)
+    args = (values, x["old_values"], x["returns"], mask, None, 0.2)
     opcheck(_op, (*args, True, True, True))
 
 
@@ -185,9 +215,15 @@ X = torch.zeros(2, 3, device=DEV)
         ),
         ({"old_values": None}, ValueError, "got clip 0.2 and old_values None"),
         ({"clip": 0.0}, ValueError, "need clip > 0, got 0.0"),
-        ({"returns": X[:1]}, ValueError, r"need returns of the shape of values, got \(1, 3\) and"),
+        ({"returns": X[:1]}, ValueError, r"need returns like values, \(2, 3\), got \(1, 3\)"),
         ({"returns": X.clone().requires_grad_()}, ValueError, "need returns without gradient"),
+        (
+            {"old_values": X.clone().requires_grad_()},
+            ValueError,
+            "need old_values without gradient",
+        ),
         ({"values": X.long()}, TypeError, "need floating-point values, got torch.int64"),
+        ({"returns": None}, TypeError, "need a tensor for returns, got NoneType"),
         ({"reduction": "max"}, ValueError, "need reduction sum or mean, got 'max'"),
         ({"loss_agg_mode": "sum"}, ValueError, "need loss_agg_mode in token-mean"),
     ],

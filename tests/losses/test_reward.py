@@ -95,9 +95,9 @@ def test_gradients():
         (
             {"chosen_rewards": CHOSEN[None]},
             ValueError,
-            r"need chosen_rewards \(P,\) .*got \(1, 1\)",
+            r"need chosen_rewards \(P,\), got \(1, 1\)",
         ),
-        ({"margin": torch.ones(())}, ValueError, r"need margin \(P,\) = \(1,\), got \(\)"),
+        ({"margin": torch.ones(())}, ValueError, r"need margin \(P,\), got \(\)"),
         ({"margin": torch.ones(1).long()}, TypeError, "need floating-point margin, got torch.int"),
         ({"chosen_rewards": torch.tensor([1])}, TypeError, "need floating-point chosen_rewards"),
         ({"centering": -0.1}, ValueError, "need centering >= 0, got -0.1"),
