@@ -779,12 +779,12 @@ def policy_options(draw, loss_type):
     inputs |= {"ref_logp"} if form == "apa" else frozenset()
     options["kl_coef"] = 0.5 if "ref_logp" in inputs and draw(FLAG) else 0.0
     options["entropy_coef"] = 0.125 if "entropy" in inputs else 0.0
-    bounds = st.sampled_from([{}, {"clip_low": 0.1}, {"clip_high": 0.5}])
-    options |= draw(bounds)
+    if form in ("apa", "awr"):
+        options |= draw(st.sampled_from([{}, {"temperature": 0.75}]))
+    else:
+        options |= draw(st.sampled_from([{}, {"clip_low": 0.1}, {"clip_high": 0.5}]))
     if form == "clip":
         options |= draw(st.sampled_from([{}, {"dual_clip": 1.5}]))
-    elif form in ("apa", "awr"):
-        options |= draw(st.sampled_from([{}, {"temperature": 0.75}]))
     return inputs, options
 
 
