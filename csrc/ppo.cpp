@@ -35,7 +35,7 @@ W* written(const std::optional<Tensor>& x) {
   return x ? x->mutable_data_ptr<W>() : nullptr;
 }
 
-// spans of tokens that are worked on log_ratio: sequences, or pieces of all that are worth a thread
+// spans of tokens that are worked on apart: sequences, or pieces of all that are worth a thread
 struct Spans {
   int64_t count, tokens, width;
   std::vector<int64_t> ends;  // packed: B + 1
@@ -377,9 +377,9 @@ struct Policy {
     each_lanes<W>(mask, start, end, [&](const Lanes<W>& at) {
       const Vec x = at.read(logp), A = at.kept(each ? Vec(advantages[b]) : at.read(advantages));
       const Vec log_ratio = old_logp ? x - at.read(old_logp) : zero;
-      const Vec used = by_sequence ? mean_log_ratio : log_ratio;
-      const Vec ratio = exp_of(used), d = ref_logp ? x - at.read(ref_logp) : x;
-      const Vec outside = used.abs() > Vec(kMaxLogRatio);
+      const Vec used_log_ratio = by_sequence ? mean_log_ratio : log_ratio;
+      const Vec ratio = exp_of(used_log_ratio), d = ref_logp ? x - at.read(ref_logp) : x;
+      const Vec outside = used_log_ratio.abs() > Vec(kMaxLogRatio);
       Surrogate part = surrogate(at, x, d, ratio, outside, A);
       if (is_weight) {
         const Vec importance = at.read(is_weight);

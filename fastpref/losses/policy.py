@@ -30,6 +30,7 @@ class PolicyVariant(NamedTuple):
     """Whether the ratio is that of a whole sequence, per token (its geometric mean)."""
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = math.inf
     loss_agg_mode: str = "token-mean"
     temperature: float = 1.0
     """What advantages are divided by, in the forms that do."""
@@ -79,22 +80,32 @@ class PolicyLoss(NamedTuple):
     largest ratio, ``ratio_max``: over calls its maximum."""
 
 
-def _variant(loss_type: str) -> PolicyVariant:
+def _variant(loss_type: str, given: dict[str, float | str | None]) -> PolicyVariant:
+    """The variant of a name, with what the caller says of it, of which nothing may be idle."""
     if loss_type not in POLICY_LOSSES:
         near = difflib.get_close_matches(str(loss_type), POLICY_LOSSES, n=1, cutoff=0.0)
         known = ", ".join(POLICY_LOSSES)
         raise ValueError(f"need loss_type in {known}; got {loss_type!r}, nearest {near[0]!r}")
-    return POLICY_LOSSES[loss_type]
+    variant = POLICY_LOSSES[loss_type]
+    of_ratio = variant.form in ("clip", "cispo")
+    idle = {"clip_low": not of_ratio, "clip_high": not of_ratio, "temperature": of_ratio}
+    idle["dual_clip"] = variant.form != "clip"
+    said = {name: value for name, value in given.items() if value is not None}
+    for name, value in said.items():
+        if idle.get(name):
+            raise ValueError(f"loss_type {loss_type!r} has no {name}, got {value}")
+    return variant._replace(**said)  # type: ignore[arg-type]
 
 
-def _check_numbers(dual_clip: float | None, kl_estimator: str, **options: float) -> None:
-    for name, value in options.items():
-        if not (name.startswith("clip") and value == math.inf):
+def _check_numbers(variant: PolicyVariant, kl_estimator: str, **coefs: float) -> None:
+    for name, value in {"clip_low": variant.clip_low, "clip_high": variant.clip_high}.items():
+        if value != math.inf:
             check_number(**{name: value})
-    if not options["temperature"]:
+    check_number(temperature=variant.temperature, **coefs)
+    if not variant.temperature:
         raise ValueError("need temperature > 0, got 0")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"need dual_clip > 1, got {dual_clip}")
+    if not variant.dual_clip > 1:
+        raise ValueError(f"need dual_clip > 1, got {variant.dual_clip}")
     if kl_estimator not in (*KL_ESTIMATORS, "k3+"):
         known = ", ".join((*KL_ESTIMATORS, "k3+"))
         raise ValueError(f"need kl_estimator in {known}; got {kl_estimator!r}")
@@ -169,53 +180,37 @@ def ppo_policy_loss(
 
     Source: the table's; dual clip arXiv:1912.09729; k3+ and the aggregations' names verl.
     """
-    variant = _variant(loss_type)
-    options = {
-        "clip_low": variant.clip_low if clip_low is None else clip_low,
-        "clip_high": variant.clip_high if clip_high is None else clip_high,
-        "temperature": variant.temperature if temperature is None else temperature,
-        "kl_coef": kl_coef,
-        "entropy_coef": entropy_coef,
-    }
-    _check_numbers(dual_clip, kl_estimator, **options)
+    given: dict[str, float | str | None] = {"clip_low": clip_low, "clip_high": clip_high}
+    given |= {"dual_clip": dual_clip, "temperature": temperature, "loss_agg_mode": loss_agg_mode}
+    variant = _variant(loss_type, given)
+    _check_numbers(variant, kl_estimator, kl_coef=kl_coef, entropy_coef=entropy_coef)
     check_reduction(reduction)
-    if dual_clip is not None and variant.form != "clip":
-        raise ValueError(f"loss_type {loss_type!r} has no dual_clip, got {dual_clip}")
-    of_ratio = variant.form in ("clip", "cispo")
-    own = {"clip_low": of_ratio, "clip_high": of_ratio, "temperature": not of_ratio}
-    given = {"clip_low": clip_low, "clip_high": clip_high, "temperature": temperature}
-    for name, value in given.items():
-        if value is not None and not own[name]:
-            raise ValueError(f"loss_type {loss_type!r} has no {name}, got {value}")
-    tokens = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy}
     if ref_logp is None and (variant.form == "apa" or kl_coef):
         what = loss_type if variant.form == "apa" else f"kl_coef {kl_coef}"
         raise ValueError(f"need ref_logp for {what}, got None")
     if entropy is None and entropy_coef:
         raise ValueError(f"need entropy for entropy_coef {entropy_coef}, got None")
     constants = {"old_logp": old_logp, "ref_logp": ref_logp, "is_weight": is_weight}
-    each = isinstance(advantages, Tensor) and advantages.ndim == 1
-    each = each and advantages.shape != logp.shape
     weighed = {"advantages": advantages}
-    tokens = {"logp": logp} | ({} if each else weighed) | {"entropy": entropy} | constants
-    needed = 1 if each else 2
-    dtype = check_tokens(tokens, weighed if each else {}, mask, cu_seqlens, needed=needed)
-    constants |= weighed
-    check_constants(**constants)
-    mode = variant.loss_agg_mode if loss_agg_mode is None else loss_agg_mode
-    how = aggregation(mode, max_length, logp)
+    shape = getattr(logp, "shape", None)
+    of_sequences = getattr(advantages, "ndim", None) == 1 and advantages.shape != shape
+    tokens = {"logp": logp} | ({} if of_sequences else weighed) | {"entropy": entropy} | constants
+    sequences = weighed if of_sequences else {}
+    dtype = check_tokens(tokens, sequences, mask, cu_seqlens, needed=2 - of_sequences)
+    check_constants(**constants, **weighed)
+    how = aggregation(variant.loss_agg_mode, max_length, logp)
 
     def read(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(dtype).contiguous()
 
     trains = torch.is_grad_enabled()
-    rows = [read(x) for x in (logp, advantages, old_logp, ref_logp, entropy, is_weight)]
-    bounds = (options["clip_low"], options["clip_high"], dual_clip or math.inf)
     loss, found, *_ = policy_op(
-        *(rows[0], rows[1], rows[2], as_flags(mask), dense(cu_seqlens), *rows[3:]),
-        *(variant.form, variant.by_sequence, *bounds, options["temperature"]),
-        *(kl_coef, entropy_coef, kl_estimator, how.mean),
-        variant.by_sequence or how.by_sequence or each,
+        *map(read, (logp, advantages, old_logp)),
+        *(as_flags(mask), dense(cu_seqlens)),
+        *map(read, (ref_logp, entropy, is_weight)),
+        *variant[:5],
+        *(variant.temperature, kl_coef, entropy_coef, kl_estimator, how.mean),
+        variant.by_sequence or how.by_sequence or of_sequences,
         trains and logp.requires_grad,
         trains and entropy is not None and entropy.requires_grad,
     )

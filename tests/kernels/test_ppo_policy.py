@@ -167,17 +167,18 @@ def test_aggregations_by_hand(mode, options, want, count):
 
 def test_the_table():
     """What every name means when nothing else is said."""
+    inf = math.inf
     found = {name: variant[:-1] for name, variant in POLICY_LOSSES.items()}
     assert found == {
-        "ppo": ("clip", False, 0.2, 0.2, "token-mean", 1.0),
-        "dapo": ("clip", False, 0.2, 0.28, "token-mean", 1.0),
-        "grpo": ("clip", False, 0.2, 0.2, "seq-mean-token-mean", 1.0),
-        "dr_grpo": ("clip", False, 0.2, 0.2, "seq-mean-token-sum-norm", 1.0),
-        "gspo": ("clip", True, 3e-4, 4e-4, "seq-mean-token-mean", 1.0),
-        "cispo": ("cispo", False, 0.2, 0.2, "token-mean", 1.0),
-        "espo": ("clip", False, math.inf, math.inf, "token-mean", 1.0),
-        "apa": ("apa", False, 0.2, 0.2, "token-mean", 0.1),
-        "awr": ("awr", False, 0.2, 0.2, "token-mean", 2.0),
+        "ppo": ("clip", False, 0.2, 0.2, inf, "token-mean", 1.0),
+        "dapo": ("clip", False, 0.2, 0.28, inf, "token-mean", 1.0),
+        "grpo": ("clip", False, 0.2, 0.2, inf, "seq-mean-token-mean", 1.0),
+        "dr_grpo": ("clip", False, 0.2, 0.2, inf, "seq-mean-token-sum-norm", 1.0),
+        "gspo": ("clip", True, 3e-4, 4e-4, inf, "seq-mean-token-mean", 1.0),
+        "cispo": ("cispo", False, 0.2, 0.2, inf, "token-mean", 1.0),
+        "espo": ("clip", False, inf, inf, inf, "token-mean", 1.0),
+        "apa": ("apa", False, 0.2, 0.2, inf, "token-mean", 0.1),
+        "awr": ("awr", False, 0.2, 0.2, inf, "token-mean", 2.0),
     }
 
 
@@ -640,6 +641,7 @@ LOGP = torch.zeros(2, 3, device=DEV)
         ({"kl_coef": 0.1}, ValueError, "need ref_logp for kl_coef 0.1, got None"),
         ({"entropy_coef": 0.1}, ValueError, "need entropy for entropy_coef 0.1, got None"),
         ({"loss_type": "apa"}, ValueError, "need ref_logp for apa, got None"),
+        ({"logp": None}, TypeError, "need a tensor for logp, got NoneType"),
         ({"dual_clip": 1.0}, ValueError, "need dual_clip > 1, got 1.0"),
         ({"dual_clip": 3.0, "loss_type": "cispo"}, ValueError, "'cispo' has no dual_clip, got 3.0"),
         ({"temperature": 1.0}, ValueError, "'ppo' has no temperature, got 1.0"),
