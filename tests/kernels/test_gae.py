@@ -194,6 +194,7 @@ def test_shaped_rewards_are_gae_of_rewards_made_by_hand(estimator, T):
     x = batch(4, T)
     y = batch(4, T, seed=1)
     x["mask"][2] = False
+    x["mask"][1, 30:] = False  # of many tokens, blocks before the last that counts
     x["mask"][0, -1] = True  # the end of the sequence was never sampled
     logp, ref, extra = y["rewards"], y["values"], x["rewards"]
     scores = torch.tensor([1.0, -2.0, 5.0, 0.5], device=DEV)

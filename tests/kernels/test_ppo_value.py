@@ -121,7 +121,11 @@ def test_without_a_clip():
 def test_metrics_are_sums_of_which_the_explained_variance_is_made():
     x, mask = batch(3, 1200)
     parts = [
-        ppo_value_loss(**{k: v[b : b + 1] for k, v in x.items()}, mask=mask[b : b + 1])
+        ppo_value_loss(
+            **{k: v[b : b + 1] for k, v in x.items()},
+            mask=mask[b : b + 1],
+            loss_agg_mode=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")[b],
+        )
         for b in range(3)
     ]
     sums = {k: sum(p.metrics[k] for p in parts) for k in parts[0].metrics}
