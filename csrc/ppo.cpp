@@ -131,8 +131,9 @@ void gae_sequence(const GaeInputs<W>& in, int64_t b, int64_t start, int64_t end,
       }
     }
     const W value = in.values ? in.values[t] : W(0);
-    const W advantage = (reward - value) + state;
-    state = in.gamma * value + decay * advantage;
+    const W alone = reward - value, advantage = alone + state;
+    // from what is known before: one product and sum a token wait for the last
+    state = (in.gamma * value + decay * alone) + decay * state;
     advantages[t] = advantage;
     returns[t] = advantage + value;
     sums[kTokens] += 1;
