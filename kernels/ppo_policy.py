@@ -1,4 +1,5 @@
-"""Policy losses of tokens: value, gradients and every statistic in one read of the inputs.
+"""Policy losses of tokens: value, gradients and every statistic in one read of the inputs, in two
+where the ratio or the mean of a sequence weighs its tokens.
 
 rho = exp(logp - old_logp), of a token or exp of its mean over a sequence; A the advantage. Forms:
 clip max(-rho A, -clip(rho) A), at most -c A where A < 0; cispo -sg(clip(rho)) A logp; apa

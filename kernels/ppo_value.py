@@ -1,6 +1,7 @@
 """Clipped value loss: max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2 of each token.
 
-Value, gradient and every statistic in one read of the inputs.
+Value, gradient and every statistic in one read of the inputs; of the mask in two, where a mean over
+a sequence is asked for.
 """
 
 from typing import Any, NamedTuple
@@ -262,7 +263,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 @once_differentiable
 def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     (dvalues,) = ctx.saved_tensors
-    return None if dloss is None else dloss * dvalues, *[None] * 9
+    return None if dloss is None else dloss * dvalues, *[None] * 8
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -318,7 +319,7 @@ def ppo_value_loss(
     max_length: float | None = None,
     reduction: str = "sum",
 ) -> ValueLoss:
-    """Clipped value loss of tokens, its gradient and every statistic of them, in one read.
+    """Clipped value loss of tokens, its gradient and every statistic of them, in one pass.
 
     Args:
         values: (B, T), or (T,) with ``cu_seqlens``: the value before each token; floating point,

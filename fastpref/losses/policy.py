@@ -133,7 +133,9 @@ def ppo_policy_loss(
     max_length: float | None = None,
     reduction: str = "sum",
 ) -> PolicyLoss:
-    """Policy loss of tokens, its gradients and every statistic of them, in one read.
+    """Policy loss of tokens, its gradients and every statistic of them, in one pass.
+
+    In two where the ratio or the mean of a sequence weighs its tokens.
 
     rho = exp(logp - old_logp), the log-ratio clamped to [-20, 20], past which no gradient flows.
     Not twice differentiable.
