@@ -18,8 +18,8 @@ from bench.harness import facts, write
 from fastpref.data.formats import to_examples
 from fastpref.data.packing import pack, split_groups
 from fastpref.data.tokenize import tokenize
-from fastpref.models.head import LogpModel, head_of
 from fastpref.models.load import load_model, load_tokenizer
+from fastpref.models.model import LogpModel, head_of
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 from fastpref.train.run import dpo, sft
 

@@ -26,8 +26,8 @@ from fastpref.losses.pairs import loss_inputs
 from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.methods.dpo import DPO
-from fastpref.models.head import LogpModel
 from fastpref.models.load import load_model, load_tokenizer
+from fastpref.models.model import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 from fastpref.train.engine import TorchEngine
 from fastpref.train.forward import Forward

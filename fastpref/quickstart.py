@@ -20,7 +20,7 @@ from fastpref.data.formats import Example
 from fastpref.data.synthetic import gold_reward, reviews
 from fastpref.data.tokenize import tokenize
 from fastpref.evaluate.frontier import Standing, mean_and_error, standing, text_of
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 from fastpref.report.page import write_report
 from fastpref.rollout.generate import SamplingParams, generate

@@ -9,7 +9,7 @@ import torch
 from fastpref.data.packing import pack, split_groups
 from fastpref.data.tokenize import Group
 from fastpref.logps import sequence_logp
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.rollout.generate import Completion, SamplingParams, generate
 
 

@@ -14,7 +14,7 @@ from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
 from fastpref.kernels.logp_from_logits import TokenStats
 from fastpref.logps import sequence_logp
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 
 # name -> (sum, count): 0-d tensors on the batch's device, divided once, when a line is logged
 Metrics = dict[str, tuple[Tensor, Tensor]]

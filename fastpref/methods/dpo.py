@@ -28,7 +28,7 @@ from fastpref.methods.base import (
     token_metrics,
 )
 from fastpref.methods.coupled import moving_moments, running_mean
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 
 # (chosen, rejected, ref_chosen, ref_rejected), each (P,) -> losses (P,) or a PairLoss
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss | Tensor]

@@ -24,7 +24,7 @@ from fastpref.methods.base import (
     token_metrics,
 )
 from fastpref.methods.coupled import running_mean
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 
 
 @dataclass(frozen=True)

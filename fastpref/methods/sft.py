@@ -9,7 +9,7 @@ from fastpref.data.formats import Kind
 from fastpref.data.packing import Batch
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import OUTPUTS, Facts, Method, Metrics, Scored, Values, mean_over
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,17 @@
-"""A causal language model as a trunk and a head that gives log-probs without logits.
+"""A language model's head that gives log-probs without logits.
 
-Letters: T tokens, H hidden size, V vocabulary, M scored tokens.
+Letters: H hidden size, V vocabulary, M scored tokens.
 """
 
-import copy
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from fastpref.data.packing import Batch
 from fastpref.kernels.linear_kl import linear_kl
 from fastpref.kernels.linear_logp import linear_logp_stats
 from fastpref.kernels.logp_from_logits import TokenStats
-from fastpref.models.attention import NAME, ModelError
-
-log = logging.getLogger(__name__)
 
 # model type -> (config attribute, whether the logits are divided by it)
 _LOGIT_SCALE = {
@@ -151,184 +143,3 @@ class LogpHead(nn.Linear):
             softcap=self.softcap,
             workspace=self.workspace,
         )
-
-
-def head_of(model: Any) -> nn.Module:
-    """The module that a CausalLM makes its logits with."""
-    head: nn.Module = model.get_output_embeddings()
-    return head
-
-
-def trunk_of(model: Any) -> nn.Module:
-    """The module that a CausalLM makes the head's hidden states with."""
-    trunk: nn.Module = model.get_decoder()
-    return trunk
-
-
-def _check_class(model: PreTrainedModel) -> None:
-    who, config = type(model).__name__, model.config
-    if config.is_encoder_decoder:
-        raise ModelError(f"need a decoder-only language model, got the encoder-decoder {who}")
-    extra = [name for name in ("vision_config", "audio_config") if getattr(config, name, None)]
-    if extra or config.get_text_config() is not config:
-        raise ModelError(f"need a model of text alone, got {who} with {extra or 'a text_config'}")
-    if getattr(config, "attention_chunk_size", None):
-        raise ModelError(f"need attention over whole sequences, got {who} with chunked attention")
-    head = head_of(model)
-    if not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"need a language model whose head is an nn.Linear, got {who} with"
-            f" {type(head).__name__} as head"
-        )
-    if trunk_of(model) is model:
-        raise ModelError(f"need a model made of a trunk and a head, got {who} without a trunk")
-
-
-def _replace_head(model: PreTrainedModel) -> None:
-    old = head_of(model)
-    if isinstance(old, LogpHead) or not isinstance(old, nn.Linear):
-        return
-    name = next(name for name, module in model.named_modules() if module is old)
-    new = LogpHead(old, scale=logit_scale(model.config), softcap=logit_softcap(model.config))
-    model.set_submodule(name, new)
-    if head_of(model) is not new:
-        raise ModelError(f"need a head that can be replaced, got {type(model).__name__}.{name}")
-
-
-def _plain_attention(model: PreTrainedModel) -> str:
-    name: str = model.config._attn_implementation
-    if name == NAME:  # wrapped before
-        name = model.get_correct_attn_implementation(None)
-    # transformers 5.17 lets SDPA drop the cap without a word
-    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
-    return "eager" if capped and name == "sdpa" else name
-
-
-def _turn_dropout_off(model: PreTrainedModel) -> int:
-    # rates, not modes: train() must still reach gradient checkpointing, which reads module.training
-    count = 0
-    for module in model.modules():
-        names = [name for name, x in vars(module).items() if isinstance(x, float) and x > 0]
-        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        for name in names:
-            if "drop" in name or (is_dropout and name == "p"):
-                setattr(module, name, 0.0)
-                count += 1
-    return count
-
-
-class LogpModel(nn.Module):
-    """A transformers CausalLM that scores packed batches.
-
-    Its head becomes a LogpHead on the same parameters and its attention fastpref's; its dropout
-    rates are set to 0, with a line in the log. Saving `.model` saves what was loaded: neither
-    change reaches the weights or the config.
-
-    Args:
-        model: decoder-only, text alone, head an nn.Linear.
-        head_workspace: bytes that linear_logp may use beyond its inputs and gradients; None: its
-            default.
-
-    Raises:
-        ModelError: the model is of a kind that cannot be trained this way.
-    """
-
-    model: PreTrainedModel
-
-    def __init__(self, model: PreTrainedModel, *, head_workspace: int | None = None):
-        super().__init__()
-        _check_class(model)
-        _replace_head(model)
-        self.head_workspace = head_workspace
-        head = head_of(model)
-        if isinstance(head, LogpHead):
-            head.workspace = head_workspace
-        if off := _turn_dropout_off(model):
-            log.warning("dropout is off: %d rates of %s set to 0", off, type(model).__name__)
-        self._plain_attention = _plain_attention(model)
-        self.model = model
-        self._set_attention(NAME)
-
-    def _set_attention(self, name: str) -> None:
-        self.model.set_attn_implementation(name)
-        for module in self.model.modules():
-            if isinstance(module, PreTrainedModel):
-                got = module.config._attn_implementation
-                if got != name:
-                    raise ModelError(
-                        f"need a model whose attention goes through transformers'"
-                        f" AttentionInterface, got {type(module).__name__} that stays with {got!r}"
-                    )
-
-    def hidden(self, batch: Batch) -> Tensor:
-        """(T, H): what the head would read, of every token of the batch."""
-        if self.model.config._attn_implementation != NAME:  # else the segments go unread
-            raise ModelError("need a LogpModel outside plain(), got a call inside it")
-        out = trunk_of(self.model)(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            segments=batch.segments,
-        )
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
-
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        outputs: tuple[str, ...] = (),
-        temperature: float = 1.0,
-        entropy_grad: bool = False,
-    ) -> TokenStats:
-        """Log-probs of the batch's targets.
-
-        Args:
-            batch: packed tokens, on the model's device.
-            outputs: names of further statistics of each row, as in linear_logp_stats.
-            temperature: divides the logits; > 0.
-            entropy_grad: whether the entropy is differentiable: a loss needs it, a metric does not.
-
-        Returns:
-            TokenStats of (M,) in fp32, logp in nats; None where not asked for.
-        """
-        options = {"temperature": temperature, "entropy_grad": entropy_grad}
-        return self._stats(self.hidden(batch), batch, outputs=outputs, **options)
-
-    def _stats(self, hidden: Tensor, batch: Batch, **options: Any) -> TokenStats:
-        stats: TokenStats = head_of(self.model)(hidden, batch.target, rows=batch.rows, **options)
-        return stats
-
-    def against(
-        self, reference: "LogpModel", batch: Batch, *, outputs: tuple[str, ...] = ()
-    ) -> tuple[TokenStats, Tensor, Tensor]:
-        """Log-probs of the batch's targets, and how far each position's distribution has moved.
-
-        Returns:
-            TokenStats as of a call; the reference's log-probs (M,); KL(reference || self) (M,) in
-            nats, over the full vocabulary, differentiable in self.
-        """
-        hidden = self.hidden(batch)
-        with torch.no_grad():
-            ref_hidden = reference.hidden(batch)
-            ref_logp = reference._stats(ref_hidden, batch).logp
-        head, ref_head = head_of(self.model), head_of(reference.model)
-        assert isinstance(head, LogpHead) and isinstance(ref_head, LogpHead)
-        kl = head.kl(hidden, ref_hidden, ref_head, rows=batch.rows)
-        return self._stats(hidden, batch, outputs=outputs), ref_logp, kl
-
-    def frozen_copy(self) -> "LogpModel":
-        """The same model with weights of its own that require no gradient: a reference."""
-        twin = LogpModel(copy.deepcopy(self.model), head_workspace=self.head_workspace)
-        return twin.requires_grad_(False).eval()
-
-    @contextmanager
-    def plain(self) -> Iterator[PreTrainedModel]:
-        """Inside, self.model is an ordinary CausalLM with the attention it was loaded with:
-        generate() and model(...) work; calling the LogpModel does not.
-        """
-        self._set_attention(self._plain_attention)
-        try:
-            yield self.model
-        finally:
-            self._set_attention(NAME)

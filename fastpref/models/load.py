@@ -21,7 +21,7 @@ from transformers import (
 from fastpref.data.packing import pack
 from fastpref.data.tokenize import Group
 from fastpref.models.attention import ModelError
-from fastpref.models.head import LogpModel, head_of
+from fastpref.models.model import LogpModel, head_of
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

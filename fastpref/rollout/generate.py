@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from fastpref.data.chat import stop_token_ids
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 
 # what save_state writes: a folder without it holds a model alone
 STATE = "state.pt"

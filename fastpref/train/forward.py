@@ -11,7 +11,7 @@ from fastpref.data.packing import pack
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Facts, Method, Metrics, Scored
 from fastpref.methods.coupled import differentiate, gathered, surrogate
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.train.engine import Engine
 from fastpref.train.reference import with_reference
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpref.data.packing import Batch, pack, split_groups
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.train.checkpoint import CheckpointError
 from fastpref.train.console import tell
 from fastpref.train.engine import Engine

@@ -24,7 +24,6 @@ from fastpref.methods.kto import KTO
 from fastpref.methods.ranking import Ranking
 from fastpref.methods.sft import SFT
 from fastpref.models.attention import ModelError
-from fastpref.models.head import LogpModel
 from fastpref.models.load import (
     check_agreement,
     check_vocabulary,
@@ -32,6 +31,7 @@ from fastpref.models.load import (
     load_model,
     load_tokenizer,
 )
+from fastpref.models.model import LogpModel
 from fastpref.report.page import write_report
 from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpref.evaluate.frontier import mean_and_error, standing
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.data.packing import pack
 from fastpref.models.attention import ModelError
-from fastpref.models.head import _LOGIT_SCALE, LogpHead, LogpModel, logit_scale
+from fastpref.models.head import _LOGIT_SCALE, LogpHead, logit_scale
+from fastpref.models.model import LogpModel
 
 
 def test_the_head_is_a_linear_layer_and_more():

@@ -13,8 +13,8 @@ from transformers import AutoConfig, LlamaForCausalLM, LlamaModel
 
 from fastpref.data.packing import pack
 from fastpref.models.attention import ModelError
-from fastpref.models.head import LogpModel
 from fastpref.models.load import check_agreement, check_vocabulary, load_model, load_tokenizer
+from fastpref.models.model import LogpModel
 from fastpref.models.tiny import save_tiny, tiny_model
 
 SMALL = {"vocab_size": 280, "hidden": 32, "layers": 2}

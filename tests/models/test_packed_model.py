@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastpref.data.packing import pack
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 
 
 def padded_logps(model, groups):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
 from fastpref.rollout.generate import SamplingParams, generate
 

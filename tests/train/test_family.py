@@ -15,7 +15,7 @@ from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.methods.kto import KTO
 from fastpref.methods.ranking import Ranking
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.train.checkpoint import CheckpointError, path_of
 from fastpref.train.config import LOSS_OPTIONS, ConfigError, check_keys, typed
 from fastpref.train.preference_config import DPOConfig, KTOConfig

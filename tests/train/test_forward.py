@@ -18,7 +18,7 @@ from fastpref.data.tokenize import Group, tokenize
 from fastpref.data.unpaired import add_mismatched
 from fastpref.losses.preference import LOSSES
 from fastpref.losses.ranking import RANKING_LOSSES
-from fastpref.models.head import LogpModel
+from fastpref.models.model import LogpModel
 from fastpref.models.tiny import tiny_model
 from fastpref.train.engine import TorchEngine
 from fastpref.train.forward import Forward
