@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fastpref.data.packing import Batch
 from fastpref.kernels.logp_from_logits import TokenStats
 from fastpref.models.attention import NAME, ModelError
+from fastpref.models.attention_backends import Choice, Needs, choose
 from fastpref.models.head import LogpHead, logit_scale, logit_softcap
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,23 @@ def _plain_attention(model: PreTrainedModel) -> str:
     return "eager" if capped and name == "sdpa" else name
 
 
+def _needs(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Needs:
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    compressed = getattr(config, "qk_nope_head_dim", None)  # latent attention: keys of two parts
+    if compressed is not None:
+        size = compressed + config.qk_rope_head_dim
+    return Needs(
+        type(model).__name__,
+        device,
+        dtype,
+        head_size=size,
+        value_size=size if compressed is None else config.v_head_dim,
+        window=getattr(config, "sliding_window", None),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+    )
+
+
 def _turn_dropout_off(model: PreTrainedModel) -> int:
     # rates, not modes: train() must still reach gradient checkpointing, which reads module.training
     count = 0
@@ -96,6 +114,8 @@ class LogpModel(nn.Module):
         model: decoder-only, text alone, head an nn.Linear.
         head_workspace: bytes that linear_logp may use beyond its inputs and gradients; None: its
             default.
+        attn_implementation: one of attention_backends.NAMES; None for the fastest that can run the
+            model.
 
     Raises:
         ModelError: the model is of a kind that cannot be trained this way.
@@ -103,7 +123,13 @@ class LogpModel(nn.Module):
 
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel, *, head_workspace: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        head_workspace: int | None = None,
+        attn_implementation: str | None = None,
+    ):
         super().__init__()
         _check_class(model)
         _replace_head(model)
@@ -114,6 +140,8 @@ class LogpModel(nn.Module):
         if off := _turn_dropout_off(model):
             log.warning("dropout is off: %d rates of %s set to 0", off, type(model).__name__)
         self._plain_attention = _plain_attention(model)
+        self.attn_implementation = attn_implementation
+        self._choices: dict[tuple[torch.device, torch.dtype], Choice] = {}
         self.model = model
         self._set_attention(NAME)
 
@@ -128,6 +156,23 @@ class LogpModel(nn.Module):
                         f" AttentionInterface, got {type(module).__name__} that stays with {got!r}"
                     )
 
+    def attention(self, device: torch.device) -> Choice:
+        """The attention that runs on a device, in the dtype that holds here (autocast's, if on).
+
+        Raises:
+            ModelError: the attn_implementation that was asked for cannot run this model there.
+        """
+        dtype = self.model.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if (device, dtype) not in self._choices:
+            try:
+                needs = _needs(self.model, device, dtype)
+                self._choices[device, dtype] = choose(needs, self.attn_implementation)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
+        return self._choices[device, dtype]
+
     def hidden(self, batch: Batch) -> Tensor:
         """(T, H): what the head would read, of every token of the batch."""
         if self.model.config._attn_implementation != NAME:  # else the segments go unread
@@ -137,6 +182,7 @@ class LogpModel(nn.Module):
             position_ids=batch.position_ids[None],
             use_cache=False,
             segments=batch.segments,
+            backend=self.attention(batch.input_ids.device).backend,
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -187,7 +233,11 @@ class LogpModel(nn.Module):
 
     def frozen_copy(self) -> "LogpModel":
         """The same model with weights of its own that require no gradient: a reference."""
-        twin = LogpModel(copy.deepcopy(self.model), head_workspace=self.head_workspace)
+        twin = LogpModel(
+            copy.deepcopy(self.model),
+            head_workspace=self.head_workspace,
+            attn_implementation=self.attn_implementation,
+        )
         return twin.requires_grad_(False).eval()
 
     @contextmanager

@@ -16,6 +16,7 @@ from fastpref.losses.pairs import OPTIONS
 from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
 
 Strategy = Literal["no", "steps", "epoch"]
+Attention = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "sdpa"]
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
@@ -99,6 +100,8 @@ class TrainConfig:
     """Recompute each layer in the backward instead of keeping its activations."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
+    attn_implementation: Attention | None = None
+    """Attention kernels; None: the fastest that can run the model, which a line says."""
     head_workspace: int | None = None
     """Bytes that the log-prob head may use; None: 1 GiB on CUDA, 256 MiB on the CPU."""
 

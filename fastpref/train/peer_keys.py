@@ -98,7 +98,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "tf32": (False, None),
     "bf16_full_eval": (False,),
     "fp16_full_eval": (False,),
-    "attn_implementation": (None, "sdpa"),
     "label_smoothing_factor": (0.0,),
     "average_tokens_across_devices": (True,),
     "torch_compile": (False,),

@@ -344,8 +344,15 @@ def build_engine(config: TrainConfig, model: Any) -> TorchEngine:
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and model.dtype == torch.float32
-    policy = LogpModel(model, head_workspace=config.head_workspace)
-    return TorchEngine(policy, device, bf16=bf16)
+    policy = LogpModel(
+        model,
+        head_workspace=config.head_workspace,
+        attn_implementation=config.attn_implementation,
+    )
+    engine = TorchEngine(policy, device, bf16=bf16)
+    with engine.autocast():
+        tell(f"attention: {policy.attention(device)}")
+    return engine
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -1,6 +1,7 @@
 """A packed, prefix-shared batch equals the padded, unshared batch of plain transformers."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -45,13 +46,21 @@ def assert_rounding(got, want, ulps=64):
     assert gap <= ulps * eps * size, f"{gap:.1e} of {size:.1e}"
 
 
+CASES = [
+    *itertools.product(["llama", "qwen2", "qwen3"], [(1, 1), (2, 2), (4,), (1, 2, 4)]),
+    *itertools.product(["mistral", "gemma", "gemma2", "gemma3_text"], [(1, 2, 4)]),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("counts", [(1, 1), (2, 2), (4,), (1, 2, 4)], ids=str)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("architecture", "counts"), CASES, ids=str)
 def test_logps_loss_and_gradients(tiny, groups, architecture, counts, tie, dtype):
+    if architecture == "gemma2" and dtype == torch.float64:
+        pytest.skip("transformers' own padded rows are NaN")
     batch = groups(*counts, partial=counts == (1, 2, 4))
-    plain = tiny(architecture, tie=tie).to(dtype)
+    window = {} if counts != (1, 2, 4) else {"sliding_window": 4}
+    plain = tiny(architecture, tie=tie, **window).to(dtype)
     ours = LogpModel(copy.deepcopy(plain))
     want = padded_logps(plain, batch)
     got = ours(pack(batch)).logp
