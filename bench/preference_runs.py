@@ -20,7 +20,7 @@ import torch
 from bench.dpo_step import pairs
 from bench.harness import facts, write
 from fastpref.data.formats import to_examples
-from fastpref.data.packing import split_groups
+from fastpref.data.packing import pack, split_groups
 from fastpref.data.tokenize import tokenize
 from fastpref.losses.pairs import loss_inputs
 from fastpref.losses.preference import LOSSES
@@ -100,7 +100,7 @@ def accuracies(model, start, tokenizer, rows):
     forward = Forward(TorchEngine(model, torch.device("cpu")), DPO(), reference)
     right = {"logp_accuracy_before": 0, "logp_accuracy_after": 0, "ratio_accuracy": 0}
     for part in split_groups(groups, max_groups=BATCH):
-        x = forward.score(part).values
+        x = forward.score(pack(part)).values
         ratio, gaps = {}, {}
         for side in ("chosen", "rejected"):
             ratio[side] = x[f"{side}_logps"] - x[f"ref_{side}_logps"]

@@ -19,7 +19,10 @@ from fastpref.methods.base import Method, Scored, mean_over
 from fastpref.train import checkpoint, reference, run
 from fastpref.train.loop import Trainer
 
-TIMES = ("tokens_per_second", "eval_runtime", "peak_memory_gib")
+TIMES = (
+    *("tokens_per_second", "computed_tokens_per_second", "tflops_per_second"),
+    *("eval_runtime", "peak_memory_gib"),
+)
 LIMIT = 120  # seconds: no run here takes more than a few
 # a fork of a process that has imported everything; no thread of it computes
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -3,8 +3,8 @@
 Letters: G groups, B completions, T tokens, M scored tokens, Tk keys, S segments (S = B).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,11 +30,8 @@ class Segments:
     max_k: int
     bounds: tuple[tuple[int, int, int, int], ...]  # (q0, q1, k0, k1) on the host: no sync to cut
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
-        cu_q, cu_k, k_index = (
-            x.to(device, non_blocking=non_blocking) for x in (self.cu_q, self.cu_k, self.k_index)
-        )
-        return Segments(cu_q, cu_k, k_index, self.max_q, self.max_k, self.bounds)
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Segments":
+        return replace(self, cu_q=move(self.cu_q), cu_k=move(self.cu_k), k_index=move(self.k_index))
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,17 @@ class Batch:
     extras: dict[str, Tensor]  # (G,) or (B,) fp32 by name; always "row" (G,) int64
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=non_blocking)
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> "Batch":
+        return self.map(torch.Tensor.pin_memory)
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor moved."""
         return Batch(
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
-            segments=self.segments.to(device, non_blocking),
+            segments=self.segments.map(move),
             rows=move(self.rows),
             target=move(self.target),
             completions=move(self.completions),

@@ -321,8 +321,8 @@ def choose(needs: Needs, asked: str | None = None) -> Choice:
             f"need an attn_implementation that can run {needs.who}, got {asked}, which"
             f" {next(iter(against))}; leave the key out for the fastest that can"
         )
-    return Choice("sdpa", sdpa_per_segment, f"segment by segment: {_told(against)}")
+    return Choice("sdpa", sdpa_per_segment, f"segment by segment; {_told(against)}")
 
 
 def _told(against: dict[str, list[str]]) -> str:
-    return "; ".join(f"{', '.join(names)} {reason}" for reason, names in against.items())
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in against.items())

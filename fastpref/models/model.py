@@ -17,6 +17,7 @@ from fastpref.data.packing import Batch
 from fastpref.kernels.logp_from_logits import TokenStats
 from fastpref.models.attention import NAME, ModelError
 from fastpref.models.attention_backends import Choice, Needs, choose
+from fastpref.models.flops import Flops, flops_of
 from fastpref.models.head import LogpHead, logit_scale, logit_softcap
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,12 @@ class LogpModel(nn.Module):
                         f"need a model whose attention goes through transformers'"
                         f" AttentionInterface, got {type(module).__name__} that stays with {got!r}"
                     )
+
+    def flops(self) -> Flops:
+        """What the forward of one token, one scored token and one visible pair costs."""
+        head = head_of(self.model)
+        assert isinstance(head, LogpHead)
+        return flops_of(trunk_of(self.model), head, self.model.config)
 
     def attention(self, device: torch.device) -> Choice:
         """The attention that runs on a device, in the dtype that holds here (autocast's, if on).

@@ -28,6 +28,9 @@ class TrainerState:
 
     step: int = 0
     num_tokens: int = 0
+    """Of the sequences as they came, a prompt counted once per completion."""
+    num_computed_tokens: int = 0
+    """That went through the model: a shared prompt once."""
     evaluated: int = -1
     """The last step after which there was an evaluation."""
     best_metric: float | None = None

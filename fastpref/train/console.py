@@ -47,11 +47,13 @@ class Display:
             self.progress.update(self.task, completed=step)
 
     def log(self, step: int, row: dict[str, Any]) -> None:
-        """Show a logged line: loss, margin, tokens per second, and on plain lines the time left."""
+        """Show a logged line: loss, margin, speed, memory, and on plain lines the time left."""
         shown = {
             "loss": row.get("loss"),
             "margin": row.get("rewards/margins"),
             "tokens/s": row.get("tokens_per_second"),
+            "mfu": row.get("mfu"),
+            "GiB": row.get("peak_memory_gib"),
             "eval_loss": row.get("eval_loss"),
             "eval_accuracy": row.get("eval_rewards/accuracies"),
         }

@@ -4,13 +4,15 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fastpref.data.packing import num_tokens, split_groups
+from fastpref.data.micro_batches import micro_batches
+from fastpref.data.packing import num_tokens
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
 from fastpref.rollout.generate import SamplingParams, generate
@@ -20,9 +22,10 @@ from fastpref.train.checkpoint import CheckpointError, TrainerState
 from fastpref.train.config import ConfigError, TrainConfig, unknown
 from fastpref.train.console import Display
 from fastpref.train.engine import Engine, OptimizerSpec
+from fastpref.train.feed import Feed, Micro
 from fastpref.train.forward import Forward, Part
 from fastpref.train.guard import DivergedError, Stopped, StopRequest, check_room
-from fastpref.train.metrics import JsonLines, MetricSums, peak_memory
+from fastpref.train.metrics import JsonLines, MetricSums, Throughput, peak_memory
 from fastpref.train.reference import hash_groups, hash_weights
 from fastpref.train.schedule import Plan, eval_strategy, moments
 
@@ -35,8 +38,21 @@ STEP_KEYS = (
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
     *("desirable_weight", "undesirable_weight", "loss_columns"),
 )
+# groups of an evaluation that are dealt out at once
+MOST_DEALT = 4096
 # losses that may wait on the device before they are looked at
 MOST_UNSEEN = 1000
+
+
+class Work(NamedTuple):
+    """A step: this rank's micro-batches, and what all ranks do."""
+
+    parts: list[Micro]
+    tokens: int
+    """Of the sequences as they came."""
+    computed: int
+    """That go through the model."""
+    flops: float
 
 
 @dataclass
@@ -56,6 +72,12 @@ class Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.forward = Forward(self.engine, self.method)
+        self.flops = self.engine.model.flops()
+        filler = min(self.train_groups, key=num_tokens)
+        self.feed = Feed(self.method, self.engine.device, filler)
+        self.coming: dict[int, Future[Work]] = {}
+        """Steps that are asked for already."""
+        self.throughput = Throughput(self.engine)
         self.plan = Plan.of(config, len(self.train_groups), self.engine.world_size)
         self.counts = [self.method.count(group) for group in self.train_groups]
         for group in self.eval_groups:  # what they lack must not come out at the first evaluation
@@ -149,6 +171,7 @@ class Trainer:
             self.steps()
         finally:
             self.display.close()
+            self.feed.close()
         return self.file.last()
 
     def load(self, folder: Path) -> None:
@@ -208,7 +231,6 @@ class Trainer:
     def steps(self) -> None:
         """All optimizer steps that are left, and what is due after each."""
         total = self.plan.total_steps
-        seconds, counted = 0.0, self.state.num_tokens  # of the steps alone, since the last line
         while self.state.step < total:
             self.check_stop()
             began = time.perf_counter()
@@ -218,7 +240,7 @@ class Trainer:
             logs = step % self.log_every == 0 or step == total or first
             if logs:
                 self.check_finite()  # waits for the device, so that its time counts
-            seconds += time.perf_counter() - began
+            self.throughput.seconds += time.perf_counter() - began
             self.display.step(step)
             for callback in self.callbacks:
                 callback.on_step(step, self.engine)
@@ -230,11 +252,11 @@ class Trainer:
                     "grad_norm": float(norm),
                     "learning_rate": rate,
                     "num_tokens": self.state.num_tokens,
-                    "tokens_per_second": (self.state.num_tokens - counted) / seconds,
+                    "num_computed_tokens": self.state.num_computed_tokens,
+                    **self.throughput.read(),
                     "peak_memory_gib": peak_memory(self.engine.device),
                 }
                 self.write(row)
-                seconds, counted = 0.0, self.state.num_tokens
             self.check_stop()
             self.due()
 
@@ -248,10 +270,13 @@ class Trainer:
 
     def step(self) -> tuple[torch.Tensor, float]:
         """One optimizer step: the mean loss over all its groups, in micro-batches."""
-        chosen = self.plan.indices(self.state.step)
+        step = self.state.step
+        chosen = self.plan.indices(step)
         count = sum(self.counts[i] for i in chosen)
-        mine = [self.train_groups[i] for i in chosen][self.engine.rank :: self.engine.world_size]
-        parts = self.split(mine, self.config.per_device_train_batch_size)
+        work = (self.coming.pop(step, None) or self.ask(step)).result()
+        parts = work.parts
+        if step + 1 < self.plan.total_steps:
+            self.coming[step + 1] = self.ask(step + 1)
         self.engine.model.train()
         total = torch.zeros((), device=self.engine.device)
         known = self.method.known([self.train_groups[i] for i in chosen])
@@ -259,11 +284,14 @@ class Trainer:
             self.engine.backward(part.loss, count, last=number == len(parts))
             self.add(self.sums, part)
             if part.groups:
-                self.unseen.append(("loss", self.state.step + 1, [*part.groups], part.value))
+                self.unseen.append(("loss", step + 1, [*part.groups], part.value))
             total += part.value
         norm, rate = self.engine.step(total)
         self.state.step += 1
-        self.state.num_tokens += sum(original_tokens(self.train_groups[i]) for i in chosen)
+        self.state.num_tokens += work.tokens
+        self.state.num_computed_tokens += work.computed
+        self.throughput.count(work.tokens, work.computed, work.flops)
+        mine = [group for part in parts for group in part.groups]
         self.unseen.append(("gradient norm", self.state.step, mine, norm))
         if self.engine.device.type == "cpu" or len(self.unseen) > MOST_UNSEEN:
             self.check_finite()
@@ -293,10 +321,35 @@ class Trainer:
                     f"a lower learning rate (newest checkpoint: {saved[0]})"
                 )
 
+    def ask(self, step: int) -> Future[Work]:
+        """Have this rank's micro-batches of a step made, while what comes before it runs."""
+        size = self.config.per_device_train_batch_size
+
+        def make() -> Work:
+            groups = [self.train_groups[i] for i in self.plan.indices(step)]
+            flops = sum(map(self.flops.step, groups))
+            if self.forward.reference is not None:
+                flops += sum(map(self.flops.forward, groups))
+            return Work(
+                [self.feed.make(part) for part in self.split(groups, size)],
+                sum(map(original_tokens, groups)),
+                sum(map(num_tokens, groups)),
+                flops,
+            )
+
+        return self.feed.soon(make)
+
     def split(self, groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
-        """Micro-batches: by tokens if a budget is set, else by groups."""
+        """This rank's micro-batches: by tokens if a budget is set, else by groups."""
         budget = self.config.max_tokens_per_micro_batch
-        return split_groups(groups, max_groups=None if budget else batch_size, max_tokens=budget)
+        dealt = micro_batches(
+            [num_tokens(group) for group in groups],
+            [self.flops.forward(group) for group in groups],
+            ranks=self.engine.world_size,
+            max_size=budget,
+            max_groups=None if budget else batch_size,
+        )
+        return [[groups[i] for i in part] for part in dealt[self.engine.rank]]
 
     def total(self, groups: Sequence[Group]) -> int:
         return sum(self.method.count(group) for group in groups)
@@ -307,10 +360,14 @@ class Trainer:
         sums = MetricSums()
         began = time.perf_counter()
         self.engine.model.eval()
-        mine = self.eval_groups[self.engine.rank :: self.engine.world_size]
-        parts = self.split(mine, self.config.per_device_eval_batch_size)
+        size = self.config.per_device_eval_batch_size
+        parts = (
+            part
+            for start in range(0, len(self.eval_groups), MOST_DEALT)
+            for part in self.split(self.eval_groups[start : start + MOST_DEALT], size)
+        )
         known = self.method.known(self.eval_groups)
-        for part in self.forward.evaluate(parts, known, self.check_stop):
+        for part in self.forward.evaluate(self.feed.ahead(parts), known, self.check_stop):
             self.add(sums, part)
         metrics_read = self.read(sums)
         values = {f"eval_{name}": value for name, value in metrics_read.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastpref.methods.base import Metrics
+from fastpref.models.flops import peak_flops
 from fastpref.train.checkpoint import replace_text, sync
 from fastpref.train.console import tell
 from fastpref.train.engine import Engine
@@ -50,6 +51,37 @@ class MetricSums:
         return {
             name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count
         }
+
+
+class Throughput:
+    """Steps' work by the seconds they took, since the last reading."""
+
+    def __init__(self, engine: Engine) -> None:
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
+        self.peak = peak_flops(name)
+        self.ranks = engine.world_size
+        self.start()
+
+    def start(self) -> None:
+        self.seconds = self.flops = 0.0
+        self.tokens = self.computed = 0
+
+    def count(self, tokens: int, computed: int, flops: float) -> None:
+        """Add what all ranks do in a step."""
+        self.tokens += tokens
+        self.computed += computed
+        self.flops += flops
+
+    def read(self) -> dict[str, float]:
+        """Tokens a second of all ranks; flop a second of one, and its share of the most."""
+        each = self.flops / self.seconds / self.ranks
+        rates = {
+            "tokens_per_second": self.tokens / self.seconds,
+            "computed_tokens_per_second": self.computed / self.seconds,
+            "tflops_per_second": each / 1e12,
+        }
+        self.start()
+        return rates if self.peak is None else rates | {"mfu": each / self.peak}
 
 
 class JsonLines:

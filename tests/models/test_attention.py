@@ -226,10 +226,10 @@ def test_the_fastest_that_can_is_chosen(installed, capability, packages, changed
 def test_the_choice_says_why(installed):
     installed((9, 0), TORCH)
     line = str(choose(needs()))
-    assert line.startswith("varlen (flash_attention_3 cannot be imported: No module")
+    assert line.startswith("varlen (flash_attention_3: cannot be imported: No module")
     line = str(choose(needs(dtype=torch.float32)))
     assert line == (
-        "sdpa (segment by segment: flash_attention_3, flash_attention_4, flash_attention_2, varlen"
+        "sdpa (segment by segment; flash_attention_3, flash_attention_4, flash_attention_2, varlen:"
         " needs bfloat16 or float16, not float32)"
     )
 

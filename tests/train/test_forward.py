@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.data.formats import to_examples
+from fastpref.data.packing import pack
 from fastpref.data.tokenize import Group, tokenize
 from fastpref.data.unpaired import add_mismatched
 from fastpref.losses.preference import LOSSES
@@ -21,6 +22,7 @@ from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.models.model import LogpModel
 from fastpref.models.tiny import tiny_model
 from fastpref.train.engine import TorchEngine
+from fastpref.train.feed import Feed
 from fastpref.train.forward import Forward
 from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.run import kto_method, preference_method
@@ -85,6 +87,8 @@ def take_step(forward, groups, sizes):
     parts = [[*part] for part in torch.tensor(range(len(groups))).split(sizes)]
     parts = [[groups[i] for i in part] for part in parts]
     known = forward.method.known(groups)
+    feed = Feed(forward.method, torch.device("cpu"), groups[0])
+    parts = [feed.make(part) for part in parts]
     total, sums = 0.0, {}
     for part in forward.step(parts, known):
         forward.engine.backward(part.loss, 1.0, last=False)
@@ -137,6 +141,24 @@ def test_options_too(options, new_model, tokenizer, pairs):
     assert whole[1] != pytest.approx(plain[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo", "kto", "aot"])
+def test_an_empty_micro_batch_changes_nothing(loss_type, new_model, tokenizer, pairs):
+    """It keeps step with ranks that have more to do: its backward runs, and adds 0."""
+    method = method_of(loss_type)
+    groups = groups_of(method, rows_of(method.kind, pairs[:8]), tokenizer)
+    runs = []
+    for sizes in (SPLIT, [1, 0, 3, 2]):
+        forward = build(method, new_model())
+        calls = []
+        weight = forward.engine.model.model.get_input_embeddings().weight
+        weight.register_hook(lambda grad, calls=calls: calls.append(1))
+        runs.append(take_step(forward, groups, sizes))
+        assert len(calls) == len(sizes)
+    assert_same(*runs)
+    for name, gradient in runs[0][0].items():
+        assert torch.equal(gradient, runs[1][0][name]), name
+
+
 class TwoRanks(TorchEngine):
     """One rank of two, with the collectives that a step asks for."""
 
@@ -157,7 +179,7 @@ def one_rank(rank, file, todo, results):
         forward = build(method_of(name), copy.deepcopy(model))  # it came in shared memory
         forward.engine = TwoRanks(forward.engine.model, rank)
         mine = groups[rank::2] if rank else groups[::2]
-        step = take_step(forward, mine, [1, len(mine) - 1])
+        step = take_step(forward, mine, [1, 1, len(mine) - 2])  # the last of rank 1 is empty
         grads = step[0]
         for g in grads.values():
             dist.all_reduce(g)
@@ -205,13 +227,14 @@ def test_statistics_move_from_step_to_step(loss_type, new_model, tokenizer, pair
     groups = groups_of(method, rows, tokenizer)
     seen = []
     for part in (groups[:2], groups[2:]):
-        scored = forward.score(part).values
+        scored = forward.score(pack(part)).values
         before = forward.moving
         _, total, _ = take_step(forward, part, len(part))
         seen.append((scored, before, forward.moving))
     told, own = (method.loss(scored, facts)[0].item() for facts in (forward.moving, {}))
     assert total == pytest.approx(told) and total != pytest.approx(own, rel=1e-4)
-    evaluated = list(forward.evaluate([groups[2:4], groups[4:]], {}, lambda: None))
+    parts = Feed(method, torch.device("cpu")).ahead([groups[2:4], groups[4:]])
+    evaluated = list(forward.evaluate(parts, {}, lambda: None))
     assert sum(part.value for part in evaluated).item() == pytest.approx(told)
     if "delta" in forward.moving:  # the mean of every reward so far
         rewards = []
@@ -239,7 +262,7 @@ def test_tail_tokens_count_less(new_model, tokenizer, pairs):
     method = method_of("robust", ld_alpha=0.25)
     group = groups_of(method, pairs[:1], tokenizer)[0]
     forward = build(method, new_model())
-    values = forward.score([group]).values
+    values = forward.score(pack([group])).values
     model = forward.engine.model
     shorter = min(map(len, group.completions))
     for tokens, side in zip(group.completions, ("chosen", "rejected"), strict=True):
@@ -259,7 +282,7 @@ def test_the_kl_of_whole_distributions(new_model, tokenizer, pairs):
     method = method_of("tdpo")
     group = groups_of(method, pairs[:1], tokenizer)[0]
     forward = build(method, new_model())
-    values = forward.score([group]).values
+    values = forward.score(pack([group])).values
     for tokens, side in zip(group.completions, ("chosen", "rejected"), strict=True):
         ids, logps = torch.tensor([group.prompt + tokens]), []
         for lm in (forward.engine.model, forward.reference):
@@ -276,7 +299,7 @@ def test_pairs_are_weighed_by_their_likelihood(new_model, tokenizer, pairs):
     method = method_of("robust", use_weighting=True)
     group = groups_of(method, pairs[:1], tokenizer)[0]
     forward = build(method, new_model())
-    got = forward.score([group]).values["weight"]
+    got = forward.score(pack([group])).values["weight"]
     want = 1.0
     for tokens in group.completions:
         ids = torch.tensor([group.prompt + tokens])
@@ -287,7 +310,7 @@ def test_pairs_are_weighed_by_their_likelihood(new_model, tokenizer, pairs):
     assert got.item() == pytest.approx(want, rel=1e-4) and not got.requires_grad
     heavy = dataclasses.replace(group, extras={"weight": 3.0})
     forward.method = dataclasses.replace(method, columns=("weight",))
-    assert forward.score([heavy]).values["weight"].item() == pytest.approx(3 * want, rel=1e-4)
+    assert forward.score(pack([heavy])).values["weight"].item() == pytest.approx(3 * want, rel=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "slic", "sft", "unlikelihood"])
@@ -319,7 +342,7 @@ def test_any_lengths_and_masks(data, tokenizer, small):
     _, total, _ = take_step(forward, groups, 1)
     assert total / len(groups) == pytest.approx(-torch.cat(chosen).mean().item(), rel=1e-4)
     means = dataclasses.replace(method, loss_types=("simpo",))
-    values = forward.score(groups).values
+    values = forward.score(pack(groups)).values
     loss, _ = means.loss(values, {})
     rejected = values["rejected_logps"] / values["rejected_lengths"]
     gaps = torch.stack([x.mean() for x in chosen]) - rejected
