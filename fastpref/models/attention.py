@@ -28,17 +28,21 @@ class ModelError(ValueError):
     """A model that fastpref cannot train as it stands; the message says what was needed."""
 
 
+def _who(module: nn.Module) -> str:
+    # asked only where something is refused: compiled code would be bound to the layer's number
+    return f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
+
+
 def _check_arguments(
     module: nn.Module, attention_mask: Tensor | None, others: dict[str, Any]
 ) -> None:
-    who = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
     if attention_mask is not None:
         raise ModelError(
             f"need attention without a mask (segments say who sees whom), got a mask of shape"
-            f" {tuple(attention_mask.shape)} from {who}"
+            f" {tuple(attention_mask.shape)} from {_who(module)}"
         )
     if others.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
-        raise ModelError(f"need causal attention, got is_causal=False from {who}")
+        raise ModelError(f"need causal attention, got is_causal=False from {_who(module)}")
     unknown = [
         name
         for name, value in others.items()
@@ -47,7 +51,7 @@ def _check_arguments(
     if unknown:
         raise ModelError(
             f"need attention whose every argument is understood (scaling, sliding_window,"
-            f" softcap), got {', '.join(sorted(unknown))} from {who}"
+            f" softcap), got {', '.join(sorted(unknown))} from {_who(module)}"
         )
 
 

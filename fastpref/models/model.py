@@ -5,13 +5,15 @@ Letters: T tokens, H hidden size, M scored tokens.
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpref.data.packing import Batch
 from fastpref.kernels.logp_from_logits import TokenStats
@@ -102,6 +104,15 @@ def _turn_dropout_off(model: PreTrainedModel) -> int:
                 setattr(module, name, 0.0)
                 count += 1
     return count
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # no random numbers to restore: dropout is off
+    def call(*args: Any, **kwargs: Any) -> Any:
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return call
 
 
 class LogpModel(nn.Module):
@@ -237,6 +248,34 @@ class LogpModel(nn.Module):
         assert isinstance(head, LogpHead) and isinstance(ref_head, LogpHead)
         kl = head.kl(hidden, ref_hidden, ref_head, rows=batch.rows)
         return self._stats(hidden, batch, outputs=outputs), ref_logp, kl
+
+    def compile_layers(self) -> None:
+        """Have torch.compile fuse what stands between the products of each layer.
+
+        Layers share their code, and lengths are no part of it: one compilation serves all layers
+        and all batches.
+        """
+        # modes of autograd, kinds of layers, and the reference have code of their own; at the limit
+        # torch would go on without compiled code
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for layer in self.layers():
+            layer.compile(dynamic=True)
+
+    def checkpoint_layers(self) -> None:
+        """Keep each layer's input alone, and compute the rest again in the backward.
+
+        Not transformers' switch: that one is closed to torch.compile.
+        """
+        for layer in self.layers():
+            layer.forward = _recomputed(layer.forward)
+
+    def layers(self) -> list[GradientCheckpointingLayer]:
+        """The layers of the trunk; ModelError where transformers knows none."""
+        modules: list[nn.Module] = [*self.model.modules()]
+        found = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+        if not found:
+            raise ModelError(f"need a model made of layers, got {type(self.model).__name__}")
+        return found
 
     def frozen_copy(self) -> "LogpModel":
         """The same model with weights of its own that require no gradient: a reference."""

@@ -98,6 +98,8 @@ class TrainConfig:
     """bfloat16 autocast over the weights' dtype; None: on CUDA, unless the weights are half."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward instead of keeping its activations."""
+    torch_compile: bool = False
+    """Compile the layers of policy and reference: slower first steps, then faster ones."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
     attn_implementation: Attention | None = None

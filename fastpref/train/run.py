@@ -252,7 +252,10 @@ def run_alone(
         with trainer.stop:
             prepare_reference(trainer)
             if config.gradient_checkpointing:
-                checkpoint_activations(policy.model)
+                policy.checkpoint_layers()
+            if config.torch_compile:
+                for part in filter(None, (policy, trainer.forward.reference)):
+                    part.compile_layers()
             metrics = trainer.train(resume)
             if config.load_best_model_at_end and trainer.state.best_step is not None:
                 load_best(engine, checkpoint.path_of(folder, trainer.state.best_step))
@@ -351,15 +354,14 @@ def build_engine(config: TrainConfig, model: Any) -> TorchEngine:
     )
     engine = TorchEngine(policy, device, bf16=bf16)
     with engine.autocast():
-        tell(f"attention: {policy.attention(device)}")
+        attention = policy.attention(device)
+    tell(f"attention: {attention}")
+    if attention.name == "sdpa" and config.torch_compile and config.gradient_checkpointing:
+        raise ConfigError(
+            "need gradient_checkpointing off for torch_compile where attention is sdpa, got both: "
+            "layers that are computed again can be compiled around one attention kernel only"
+        )
     return engine
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Keep each layer's input alone; transformers renamed the switch between 5.17 and 5.23."""
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    name = next(name for name in names if hasattr(model, name))
-    getattr(model, name)({"use_reentrant": False})
 
 
 @dataclass(frozen=True)

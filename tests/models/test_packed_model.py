@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
+import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastpref.data.packing import pack
+from fastpref.models.attention_backends import Choice
 from fastpref.models.model import LogpModel
 
 
@@ -110,7 +112,7 @@ def test_gradient_checkpointing(tiny, groups):
     for checkpointing in (False, True):
         model = LogpModel(tiny())
         if checkpointing:
-            model.model.gradient_checkpointing_enable()
+            model.checkpoint_layers()
         calls = []
         mlp = model.model.model.layers[0].mlp
         mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -122,13 +124,74 @@ def test_gradient_checkpointing(tiny, groups):
         assert torch.equal(gradient, seen[1][name]), name
 
 
-def test_compiled_trunk(tiny, groups):
-    model = LogpModel(tiny(layers=1))
-    batches = [pack(groups(2, 3)), pack(groups(1, 4, 2)), pack(groups(3))]
+@torch.library.custom_op("fastpref_tests::varlen", mutates_args=())
+def varlen_op(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> torch.Tensor:
+    """No attention, but as opaque as a kernel's, with every token in every result."""
+    assert (max_q, max_k) == varlen.longest(cu_q, cu_k)
+    return scale * q + v.mean()
+
+
+varlen_op.register_fake(lambda q, *others: torch.empty_like(q))
+
+
+def keep(ctx, inputs, output):
+    ctx.shape, ctx.scale = inputs[1].shape, inputs[-1]
+
+
+def backward(ctx, grad):
+    into_v = (grad.sum() / ctx.shape.numel()).expand(ctx.shape)
+    return ctx.scale * grad, into_v, None, None, None, None, None
+
+
+varlen_op.register_autograd(backward, setup_context=keep)
+
+
+def opaque_attention(query, key, value, segments, *, scaling, window, softcap):
+    """A kernel as torch.compile sees one: lengths go in as integers."""
+    lengths = segments.cu_q, segments.cu_k, segments.max_q, segments.max_k
+    return varlen_op(query, value + key, *lengths, scaling)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "checkpointing"), [("sdpa", False), ("varlen", False), ("varlen", True)]
+)
+def test_compiled_layers(tiny, groups, monkeypatch, kernel, checkpointing):
+    """Equal results, and after two batches no compilation whatever the lengths."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    plain_compile = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **k: plain_compile(m, backend=backend, **k)
+    )
+    model = LogpModel(tiny(layers=3))
+    if kernel == "varlen":
+        choice = Choice("varlen", opaque_attention, "")
+        monkeypatch.setattr("fastpref.models.model.choose", lambda *_: choice)
+    if checkpointing:
+        model.checkpoint_layers()
+    model.train()
+    counts = [(2, 3), (1, 4, 2), (3,), (2, 2, 2, 2), (5, 1), (1, 3)]
+    batches = [pack(groups(*c, longest=7 + len(c))) for c in counts]
     want = [model.hidden(batch) for batch in batches]
-    trunk = model.model.get_decoder()
     torch.compiler.reset()
-    trunk.compile(backend="eager", dynamic=True)
+    model.compile_layers()
+    seen = []
     for batch, hidden in zip(batches, want, strict=True):
-        torch.testing.assert_close(model.hidden(batch), hidden)
+        got = model.hidden(batch)
+        torch.testing.assert_close(got, hidden)
+        got.square().sum().backward()
+        seen.append(len(graphs))
+    assert 0 < seen[1] == seen[-1], seen
     torch.compiler.reset()
