@@ -21,11 +21,6 @@ def pytest_configure(config):
     config.addinivalue_line("python_files", "bench_*.py")
 
 
-def pytest_collection_modifyitems(items):
-    """Whole training runs come last."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-
-
 def pytest_generate_tests(metafunc):
     if "timed" in metafunc.fixturenames:
         cases = metafunc.module.cases(DEVICE)

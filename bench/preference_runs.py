@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from bench.dpo_step import pairs
 from bench.harness import facts, write
+from bench.pairs import pairs
 from fastpref.data.formats import to_examples
 from fastpref.data.packing import pack, split_groups
 from fastpref.data.tokenize import tokenize

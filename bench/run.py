@@ -21,7 +21,10 @@ from bench.harness import ROOT, facts, write
 from bench.measure import is_ours, measure
 from bench.table import markdown
 
-OPS = ("linear_logp", "logp_from_logits", "linear_kl", "preference", "gae", "ppo_policy")
+OPS = (
+    *("dpo_step", "linear_logp", "logp_from_logits", "linear_kl"),
+    *("preference", "gae", "ppo_policy"),
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TESTS = ROOT / "tests"
 OTHERS = {
