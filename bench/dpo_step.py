@@ -24,7 +24,7 @@ from bench.harness import ROOT, memory_mib
 from fastpref.train.callbacks import Callback
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-LONGEST = 400  # seconds of a run, after which it is ended
+LONGEST = 300  # seconds that a run may take to answer, after which it is ended
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -131,9 +131,6 @@ class Run:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.guard = threading.Timer(LONGEST, self.process.kill)
-        self.guard.daemon = True
-        self.guard.start()
         try:
             self.answer()
         except BaseException:
@@ -146,9 +143,15 @@ class Run:
         self.answer()
 
     def answer(self):
-        line = self.process.stdout.readline()
+        guard = threading.Timer(LONGEST, self.process.kill)
+        guard.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            guard.cancel()
         if not line:
-            raise RuntimeError(f"{self.provider} ended with {self.process.wait()}")
+            code = self.process.wait()
+            raise RuntimeError(f"{self.provider} ended with {code}, or after {LONGEST} s was ended")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
@@ -162,7 +165,6 @@ class Run:
         return answer
 
     def stop(self):
-        self.guard.cancel()
         self.process.kill()
         self.process.wait()
 

@@ -274,13 +274,22 @@ def test_a_peer_that_fails_says_why_and_ours_goes_on(runs):
 
 def test_processes_end_to_end():
     """TRL where it is installed; where it is not, the reason of its own process."""
-    case = dataclasses.replace(CASE, checkpointing=True, precomputed=True, **PROMPTS)
+    case = dataclasses.replace(CASE, checkpointing=True, precomputed=True, budget=100, **PROMPTS)
     rows, said = rows_of(case)
     assert rows["fastpref"]["peak_above_model_mib"] > 0
     if importlib.util.find_spec("trl") is None:
         assert "ModuleNotFoundError: No module named 'trl'" in said[0][0]
     else:
         assert not said and rows["trl"]["grad_norm_difference"] < 1e-3
+
+
+def test_a_run_that_does_not_answer_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(dpo_step, "LONGEST", 0.2)
+    asleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    start = dpo_step.subprocess.Popen
+    monkeypatch.setattr(dpo_step.subprocess, "Popen", lambda _, **options: start(asleep, **options))
+    with pytest.raises(RuntimeError, match=r"trl ended with -9, or after 0\.2 s was ended"):
+        dpo_step.Run("trl", tmp_path)
 
 
 @pytest.mark.slow
