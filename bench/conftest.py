@@ -1,20 +1,12 @@
-"""``pytest bench/ --benchmark-only``: cases, their providers, and where rows go.
-
-Rows go nowhere unless a folder is named, so that a trial leaves no trace.
-"""
+"""``pytest bench/ --benchmark-only``: cases and their providers; rows go nowhere."""
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench.measure import ROUNDS, Provider, check, is_ours, load
 from bench.run import DEVICE
-
-
-def pytest_addoption(parser):
-    parser.addoption("--out", type=Path, help="folder whose JSONL files take the rows")
 
 
 def pytest_configure(config):
@@ -27,11 +19,6 @@ def pytest_generate_tests(metafunc):
         pairs = [(case, name) for case in cases for name in (case.ceiling, *case.providers())]
         ids = [f"{case}-{name}" for case, name in pairs]
         metafunc.parametrize(("case", "provider"), pairs, ids=ids)
-
-
-@pytest.fixture(scope="session")
-def out(request):
-    return request.config.getoption("--out")
 
 
 loaded = functools.lru_cache(maxsize=1)(load)
