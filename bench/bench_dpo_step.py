@@ -261,7 +261,7 @@ def on_cuda(memory):
     above = "peak_above_state_mib"
     harmless, long = ({"targets": {"trl_varlen": Target(n, 0.7, above)}} for n in (1.5, 2))
     sdpa = {"providers": ("fastpref", "trl_varlen", "trl_sdpa")}
-    yield Case(name="8B", pairs=32, micro_batch=8, **eight, **harmless)
+    yield Case(name="8B", pairs=32, micro_batch=4, **eight, **harmless)
     yield Case(name="1B", pairs=8, micro_batch=2, **one, **long, **LONG)
     yield Case(name="1B", pairs=64, micro_batch=8, **(one | sdpa), **harmless)
     yield Case(name="8B", pairs=4, micro_batch=2, **eight, **long, **LONG)
