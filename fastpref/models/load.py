@@ -237,6 +237,31 @@ def _cause(model: LogpModel, group: Group, plain_hidden: list[Tensor]) -> str:
     )
 
 
+@contextmanager
+def unchanged(model: LogpModel, group: Group, what: str) -> Iterator[None]:
+    """Around a change to the model that must be one of speed alone.
+
+    Args:
+        model: on its final device and in its final dtype.
+        group: any row of the data.
+        what: is done to it.
+
+    Raises:
+        ModelError: log-probs differ by more than rounding explains; names the largest difference.
+    """
+    dtype, group = next(model.parameters()).dtype, _cut(group)
+    with torch.no_grad():
+        before = _ours(model, [group])
+    yield
+    with torch.no_grad():
+        gap = _too_far(_ours(model, [group]), before, _TOLERANCE[dtype])
+    if gap:
+        raise ModelError(
+            f"need the log-probs of {type(model.model).__name__} unchanged by {what}, got a"
+            f" difference of {gap}"
+        )
+
+
 def _has_experts(model: LogpModel) -> bool:
     # another token changes how many rows each expert multiplies, and so the order of its sums
     names = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -6,7 +6,7 @@ Letters: T tokens, H hidden size, M scored tokens.
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fastpref.models.attention import NAME, ModelError
 from fastpref.models.attention_backends import Choice, Needs, choose
 from fastpref.models.flops import Flops, flops_of
 from fastpref.models.head import LogpHead, logit_scale, logit_softcap
+from fastpref.models.offload import on_host
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ class LogpModel(nn.Module):
     """
 
     model: PreTrainedModel
+    offload_activations = False
+    """Whether what the trunk saves for the backward waits in host memory."""
 
     def __init__(
         self,
@@ -195,13 +198,15 @@ class LogpModel(nn.Module):
         """(T, H): what the head would read, of every token of the batch."""
         if self.model.config._attn_implementation != NAME:  # else the segments go unread
             raise ModelError("need a LogpModel outside plain(), got a call inside it")
-        out = trunk_of(self.model)(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            segments=batch.segments,
-            backend=self.attention(batch.input_ids.device).backend,
-        )
+        # the trunk alone: what the head keeps of its slabs stays
+        with on_host(self.model) if self.offload_activations else nullcontext():
+            out = trunk_of(self.model)(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                segments=batch.segments,
+                backend=self.attention(batch.input_ids.device).backend,
+            )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
