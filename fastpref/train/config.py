@@ -18,6 +18,8 @@ from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
 Strategy = Literal["no", "steps", "epoch"]
 Attention = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "sdpa"]
 TRACKERS = ("tensorboard", "trackio", "wandb")
+BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+OPTIMS = ("adamw_torch_fused", "adamw_torch", *BITSANDBYTES)
 
 
 class ConfigError(ValueError):
@@ -33,7 +35,7 @@ class TrainConfig:
     model_revision: str = "main"
     """Branch, tag or commit of a hub model."""
     dtype: str = "float32"
-    """Weights' dtype: float32, bfloat16, float16, or auto for the checkpoint's own."""
+    """Weights' dtype: float32, bfloat16, or auto for the checkpoint's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
 
@@ -93,6 +95,12 @@ class TrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm; 0 for never."""
+    optim: str = "adamw_torch_fused"
+    """adamw_torch_fused (adamw_torch is the same); through bitsandbytes, with moments of 8 bits:
+    adamw_8bit (or adamw_bnb_8bit), and paged_adamw_8bit, whose moments may leave a GPU."""
+    fp32_master_weights: bool = True
+    """Where trained weights are half: fp32 copies that steps change, fp32 gradients and moments, 18
+    bytes a parameter; false: all in the weights' dtype, 8 bytes, and small updates are lost."""
 
     bf16: bool | None = None
     """bfloat16 autocast over the weights' dtype; None: on CUDA, unless the weights are half."""
@@ -100,6 +108,14 @@ class TrainConfig:
     """Recompute each layer in the backward instead of keeping its activations."""
     torch_compile: bool = False
     """Compile the layers of policy and reference: slower first steps, then faster ones."""
+    activation_offloading: bool = False
+    """Keep what the backward needs of the trunk in pinned host memory, on CUDA: with
+    gradient_checkpointing each layer's input."""
+    use_liger_kernel: bool = False
+    """Norm, rope and mlp kernels of liger-kernel, on CUDA; never its loss."""
+    liger_kernel_config: dict[str, Any] | None = None
+    """Which of them, true or false by the names of its function for the architecture, such as rope,
+    rms_norm, swiglu; None: all."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
     attn_implementation: Attention | None = None
@@ -178,8 +194,10 @@ class TrainConfig:
                 f"got {self.max_steps} and {self.num_train_epochs}"
             )
         self.check_schedule()
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"need dtype: auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):  # float16 needs a loss scaler
+            raise ConfigError(f"need dtype: auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.optim not in OPTIMS:
+            raise ConfigError(unknown("optim", self.optim, OPTIMS))
         tracker_names(self.report_to)
 
     def check_schedule(self) -> None:

@@ -2,35 +2,19 @@
 
 import ctypes
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from fastpref.models.model import LogpModel
+from fastpref.train.optimizer import Optimizer, OptimizerSpec
 
 # what save_state writes: a folder without it holds a model alone
 STATE = "state.pt"
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """AdamW and its schedule, in the field's terms."""
-
-    learning_rate: float
-    total_steps: int
-    warmup_steps: int = 0
-    schedule: str = "linear"
-    schedule_kwargs: dict[str, Any] = field(default_factory=dict)
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
 
 
 class Engine(Protocol):
@@ -104,49 +88,17 @@ class TorchEngine:
         self.bf16 = bf16
 
     def prepare(self, spec: OptimizerSpec) -> None:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        if not trained:
-            raise ValueError("the model has no parameter that requires a gradient")
-        # biases and norms are vectors; decaying them is not what weight decay is for
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.spec = spec
-        self.parameters = trained
-        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=spec.learning_rate,
-            betas=spec.betas,
-            eps=spec.epsilon,
-            fused=True,
-        )
-        self.schedule = get_scheduler(
-            spec.schedule,
-            self.optimizer,
-            num_warmup_steps=spec.warmup_steps,
-            num_training_steps=spec.total_steps,
-            scheduler_specific_kwargs=spec.schedule_kwargs or None,
-        )
+        self.optimizer = Optimizer(self.model, spec)
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def backward(self, loss_sum: Tensor, count: float, *, last: bool) -> None:
-        (loss_sum / count).backward()  # type: ignore[no-untyped-call]
+        with self.optimizer.accumulating():
+            (loss_sum / count).backward()  # type: ignore[no-untyped-call]
 
     def step(self, loss: Tensor) -> tuple[Tensor, float]:
-        limit = self.spec.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.broken = self.broken | ~torch.isfinite(norm) | ~torch.isfinite(loss)
-        # the fused step reads this on the device and then changes nothing: no sync
-        self.optimizer.found_inf = self.broken.float()  # type: ignore[attr-defined]
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, rate
+        return self.optimizer.step(loss)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values
@@ -156,15 +108,14 @@ class TorchEngine:
 
     def sizes(self) -> tuple[int, int]:
         model = sum(p.nbytes for p in self.model.parameters())
-        return model, 2 * sum(p.nbytes for p in self.parameters)  # AdamW's two moments
+        return model, self.optimizer.nbytes()
 
     def save_model(self, folder: Path) -> None:
         self.model.model.save_pretrained(folder)
 
     def save_state(self, folder: Path) -> None:
         state = {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            **self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -183,8 +134,7 @@ class TorchEngine:
 
     def load_state(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.optimizer.load_state_dict(state)
         torch.set_rng_state(state["rng"].cpu())
         if state["rng_cuda"]:
             torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng_cuda"]])

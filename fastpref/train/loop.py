@@ -21,11 +21,12 @@ from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError, TrainerState
 from fastpref.train.config import ConfigError, TrainConfig, unknown
 from fastpref.train.console import Display
-from fastpref.train.engine import Engine, OptimizerSpec
+from fastpref.train.engine import Engine
 from fastpref.train.feed import Feed, Micro
 from fastpref.train.forward import Forward, Part
 from fastpref.train.guard import DivergedError, Stopped, StopRequest, check_room
 from fastpref.train.metrics import JsonLines, MetricSums, Throughput, peak_memory
+from fastpref.train.optimizer import OptimizerSpec
 from fastpref.train.reference import hash_groups, hash_weights
 from fastpref.train.schedule import Plan, eval_strategy, moments
 
@@ -34,6 +35,7 @@ STEP_KEYS = (
     *("seed", "train_sampling_strategy", "learning_rate", "lr_scheduler_type"),
     *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "dtype", "bf16"),
+    *("optim", "fp32_master_weights"),
     *("beta", "loss_type", "loss_weights", "loss_options", "label_smoothing", "ld_alpha"),
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
     *("desirable_weight", "undesirable_weight", "loss_columns"),
@@ -497,4 +499,6 @@ def optimizer_spec(config: TrainConfig, total_steps: int) -> OptimizerSpec:
         betas=(config.adam_beta1, config.adam_beta2),
         epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        fp32_master_weights=config.fp32_master_weights,
     )

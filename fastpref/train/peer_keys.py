@@ -42,7 +42,6 @@ INERT = {
     "torch_empty_cache_steps": "nothing large is left between steps",
     "precompute_ref_batch_size": "the reference is scored by per_device_eval_batch_size",
     "use_cache": "training never reads a cache",
-    "liger_kernel_config": "use_liger_kernel is off",
     "log_on_each_node": "one process logs",
     "log_level_replica": "there is one level",
     "logging_nan_inf_filter": "a loss is logged as it is",
@@ -89,7 +88,6 @@ INERT = {
 
 # accepted only with a value that asks for nothing; any other is refused by the key's name
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "optim": ("adamw_torch_fused", "adamw_torch"),
     "optim_args": (None,),
     "optim_target_modules": (None,),
     "fp16": (False, None),
@@ -100,7 +98,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "average_tokens_across_devices": (True,),
     "torch_compile_backend": (None, "inductor"),
     "torch_compile_mode": (None, "default"),
-    "use_liger_kernel": (False, None),
     "neftune_noise_alpha": (None,),
     "auto_find_batch_size": (False,),
     "logging_strategy": ("steps",),
@@ -123,7 +120,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "deepspeed": (None,),
     "model_init_kwargs": (None,),
     "router_aux_loss_coef": (None, 0.0),
-    "activation_offloading": (False,),
     "dataset_streaming": (False,),
     "use_peft": (False,),
     "load_in_8bit": (False,),

@@ -24,12 +24,14 @@ from fastpref.methods.kto import KTO
 from fastpref.methods.ranking import Ranking
 from fastpref.methods.sft import SFT
 from fastpref.models.attention import ModelError
+from fastpref.models.liger import apply_liger, liger_functions
 from fastpref.models.load import (
     check_agreement,
     check_vocabulary,
     load_generation_config,
     load_model,
     load_tokenizer,
+    unchanged,
 )
 from fastpref.models.model import LogpModel
 from fastpref.report.page import write_report
@@ -41,6 +43,7 @@ from fastpref.train.console import tell
 from fastpref.train.engine import TorchEngine
 from fastpref.train.guard import Stopped, only_writer
 from fastpref.train.loop import Trainer
+from fastpref.train.optimizer import check_dtypes, check_optim
 from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.reference import precompute
 from fastpref.train.schedule import eval_strategy
@@ -239,6 +242,9 @@ def run_alone(
         raise
     except ValueError as error:  # a head_workspace that is too small
         raise ConfigError(str(error)) from error
+    if config.use_liger_kernel:
+        with unchanged(policy, train_groups[0], "liger-kernel"):
+            apply_liger(policy.model, config.liger_kernel_config)
 
     trainer = Trainer(
         config, method, engine, tokenizer, train_groups, eval_groups, folder, callbacks=callbacks
@@ -253,6 +259,7 @@ def run_alone(
             prepare_reference(trainer)
             if config.gradient_checkpointing:
                 policy.checkpoint_layers()
+            policy.offload_activations = config.activation_offloading
             if config.torch_compile:
                 for part in filter(None, (policy, trainer.forward.reference)):
                     part.compile_layers()
@@ -315,6 +322,21 @@ def check_start(config: TrainConfig, model: Any, tokenizer: Any) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ConfigError(f"need one process, got WORLD_SIZE={processes}")
+    check_device(config, device_of(config))
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what the device, or what is installed, cannot do."""
+    check_optim(config.optim, device)
+    for key in ("activation_offloading", "use_liger_kernel"):
+        if getattr(config, key) and device.type != "cuda":
+            raise ConfigError(f"need a CUDA device for {key}, got {device.type}")
+    if config.use_liger_kernel:
+        liger_functions()
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
 
 
 def read_data(
@@ -336,7 +358,7 @@ def read_data(
 
 def build_engine(config: TrainConfig, model: Any) -> TorchEngine:
     """The model, given or loaded, where it will be trained."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    device = device_of(config)
     if model is None:
         model = load_model(
             str(config.model_name_or_path),
@@ -344,6 +366,7 @@ def build_engine(config: TrainConfig, model: Any) -> TorchEngine:
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
+    check_dtypes(model)
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and model.dtype == torch.float32

@@ -20,9 +20,10 @@ from fastpref.models.tiny import save_tiny
 from fastpref.train import checkpoint, guard, reference
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError
-from fastpref.train.engine import OptimizerSpec, TorchEngine
+from fastpref.train.engine import TorchEngine
 from fastpref.train.guard import DivergedError, Stopped
 from fastpref.train.metrics import MetricSums
+from fastpref.train.optimizer import OptimizerSpec
 from fastpref.train.run import dpo
 
 MOMENTS = int(os.environ.get("FASTPREF_KILLS", "20"))
