@@ -6,7 +6,6 @@ import torch
 from fastpref.data.packing import pack
 from fastpref.models import offload
 from fastpref.models.model import LogpModel
-from fastpref.train.run import checkpoint_activations
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def test_gradients_are_the_same(tiny, groups, copies, checkpointing, frozen, arc
         model.model.model.embed_tokens.requires_grad_(False)
         model.model.model.layers[0].requires_grad_(False)
     if checkpointing:
-        checkpoint_activations(model.model)
+        model.checkpoint_layers()
     batch = pack(groups(2, 3, 2))
     want = gradients(model, batch)
     assert not copies
@@ -58,7 +57,7 @@ def test_under_checkpointing_a_layer_more_is_its_input_more(tiny, groups, copies
     counts = []
     for layers in (2, 3):
         model = LogpModel(tiny(layers=layers)).train()
-        checkpoint_activations(model.model)
+        model.checkpoint_layers()
         model.offload_activations = True
         gradients(model, pack(groups(2, 3, 2)))
         counts.append(len(copies))
@@ -88,7 +87,7 @@ def test_nothing_is_copied_without_gradients(tiny, groups, copies):
 def test_peak_memory_falls(tiny, groups, checkpointing):
     model = LogpModel(tiny(hidden=256, layers=12)).cuda().train()
     if checkpointing:
-        checkpoint_activations(model.model)
+        model.checkpoint_layers()
     batch = pack(groups(*[4] * 8, prompt=400, longest=400)).to("cuda")
     peaks, found = [], []
     for on in (False, False, True):
