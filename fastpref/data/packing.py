@@ -20,7 +20,8 @@ Ints = NDArray[np.int64]
 class Segments:
     """What attends to what: queries q0..q1 see keys k0..k1 of the gathered row, causal from the
     bottom right. The first completion of a group is one segment with its prompt, each other
-    completion is a segment of its own whose keys are the prompt and itself.
+    completion is a segment of its own whose keys are the prompt and itself. Unshared, each
+    completion is one segment with a copy of the prompt, and its keys are its queries.
     """
 
     cu_q: Tensor  # (S+1,) int32
@@ -67,9 +68,10 @@ class Batch:
         )
 
 
-def num_tokens(group: Group) -> int:
-    """Tokens that a group costs in a packed row: the prompt once, every completion."""
-    return len(group.prompt) + sum(map(len, group.completions))
+def num_tokens(group: Group, *, share: bool = True) -> int:
+    """Tokens that a group costs in a packed row: every completion, the prompt once if shared."""
+    prompts = 1 if share else len(group.completions)
+    return prompts * len(group.prompt) + sum(map(len, group.completions))
 
 
 def _check(group: Group) -> None:
@@ -123,12 +125,13 @@ def _pack_extras(groups: Sequence[Group]) -> dict[str, Tensor]:
     return extras
 
 
-def pack(groups: Sequence[Group]) -> Batch:
+def pack(groups: Sequence[Group], *, share: bool = True) -> Batch:
     """Pack groups into one row of tokens with the record that travels with it, on the CPU.
 
     Args:
         groups: at least one; prompts and completions of at least one token. Tokens whose
             `scored` flag is False are attended to but are no rows and no targets.
+        share: whether the completions of a group share its prompt, or each has a copy.
 
     Returns:
         The Batch; int64 but for cu_q, cu_k (int32) and the extras (fp32).
@@ -141,7 +144,7 @@ def pack(groups: Sequence[Group]) -> Batch:
     total = 0
     for group in groups:
         _check(group)
-        total += num_tokens(group)
+        total += num_tokens(group, share=share)
     count = np.arange(total, dtype=np.int64)
     tokens: list[int] = []
     positions: list[Ints] = []
@@ -152,13 +155,15 @@ def pack(groups: Sequence[Group]) -> Batch:
     k_end = 0
     for group in groups:
         start, prompt = len(tokens), len(group.prompt)
-        tokens += group.prompt
         for i, (completion, flags) in enumerate(zip(group.completions, group.scored, strict=True)):
+            whole = i == 0 or not share  # one segment with its prompt: its keys are its queries
+            if whole:
+                start = len(tokens)
+                tokens += group.prompt
             own, size = len(tokens), len(completion)
             tokens += completion
-            first = i == 0  # one segment with its prompt: its keys are its queries
-            q0 = start if first else own
-            positions.append(count[0 if first else prompt : prompt + size])
+            q0 = start if whole else own
+            positions.append(count[0 if whole else prompt : prompt + size])
             keys += [count[start : start + prompt], count[own : own + size]]
             bounds.append((q0, own + size, k_end, k_end + prompt + size))
             k_end += prompt + size

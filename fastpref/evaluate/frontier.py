@@ -72,7 +72,7 @@ def completion_logps(model: LogpModel, groups: Sequence[Group]) -> torch.Tensor:
     device = next(model.parameters()).device
     parts = []
     for part in split_groups(groups, max_groups=64):
-        batch = pack(part).to(device)
+        batch = pack(part, share=model.shares_prompts).to(device)
         parts.append(sequence_logp(model(batch).logp, cu_seqlens=batch.completions).cpu())
     return torch.cat(parts)
 

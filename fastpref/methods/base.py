@@ -15,6 +15,7 @@ from fastpref.data.tokenize import Group
 from fastpref.kernels.logp_from_logits import TokenStats
 from fastpref.logps import sequence_logp
 from fastpref.models.model import LogpModel
+from fastpref.models.router import RouterLoad
 
 # name -> (sum, count): 0-d tensors on the batch's device, divided once, when a line is logged
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -42,6 +43,8 @@ class Scored(NamedTuple):
     """What the losses are a function of."""
     metrics: Metrics
     """Of tokens: what the losses do not change."""
+    load: RouterLoad | None = None
+    """Of the model's routers, where their loss is trained; no method fills it in."""
 
 
 class Method(ABC):

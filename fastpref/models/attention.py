@@ -18,6 +18,7 @@ NAME = "fastpref"
 _WITHOUT_EFFECT = {
     "cache_position",
     "dropout",  # off: see LogpModel
+    "output_router_logits",
     "position_ids",  # the rotation is done before
     "return_dict",
     "use_cache",

@@ -30,7 +30,7 @@ _LOGIT_SCALE = {
     "inkling_text": ("logits_mup_width_multiplier", True),
     "minicpm3": ("logits_scaling", True),
 }
-_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def logit_scale(config: PretrainedConfig) -> float:

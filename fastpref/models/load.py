@@ -179,7 +179,7 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 def _ours(model: LogpModel, groups: list[Group]) -> list[Tensor]:
     # log-probs of each completion, groups packed into one row
-    batch = pack(groups).to(next(model.parameters()).device)
+    batch = pack(groups, share=model.shares_prompts).to(next(model.parameters()).device)
     logp = model(batch).logp
     return list(logp.split(batch.completions.diff().tolist()))
 
@@ -221,7 +221,7 @@ def _too_far(got: list[Tensor], want: list[Tensor], limits: tuple[float, float])
 
 def _cause(model: LogpModel, group: Group, plain_hidden: list[Tensor]) -> str:
     # where one unshared sequence already parts from the plain model
-    batch = pack([group]).to(next(model.parameters()).device)
+    batch = pack([group], share=model.shares_prompts).to(next(model.parameters()).device)
     ours, plain = model.hidden(batch), plain_hidden[0]
     rounding = max(1e-4, 10 * torch.finfo(ours.dtype).eps)
     if not (ours - plain).norm() <= rounding * plain.norm():

@@ -18,12 +18,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastpref.data.packing import Batch
 from fastpref.kernels.logp_from_logits import TokenStats
 from fastpref.models.attention import NAME, ModelError
-from fastpref.models.attention_backends import Choice, Needs, choose
+from fastpref.models.attention_backends import Choice, Needs, choose, sdpa_per_segment
 from fastpref.models.flops import Flops, flops_of
 from fastpref.models.head import LogpHead, logit_scale, logit_softcap
 from fastpref.models.offload import on_host
+from fastpref.models.recurrent import recurrence, to_rows
+from fastpref.models.router import RouterLoad
 
 log = logging.getLogger(__name__)
+
+# config attributes of routers that draw at random in training
+_NOISE = ("router_jitter_noise", "input_jitter_noise")
 
 
 def head_of(model: Any) -> nn.Module:
@@ -45,6 +50,11 @@ def _check_class(model: PreTrainedModel) -> None:
     extra = [name for name in ("vision_config", "audio_config") if getattr(config, name, None)]
     if extra or config.get_text_config() is not config:
         raise ModelError(f"need a model of text alone, got {who} with {extra or 'a text_config'}")
+    noise = [name for name in _NOISE if getattr(config, name, None)]
+    if noise:
+        raise ModelError(
+            f"need routers that choose alike in every forward, got {who} with {', '.join(noise)}"
+        )
     if getattr(config, "attention_chunk_size", None):
         raise ModelError(f"need attention over whole sequences, got {who} with chunked attention")
     head = head_of(model)
@@ -53,7 +63,7 @@ def _check_class(model: PreTrainedModel) -> None:
             f"need a language model whose head is an nn.Linear, got {who} with"
             f" {type(head).__name__} as head"
         )
-    if trunk_of(model) is model:
+    if trunk_of(model) in (model, head):
         raise ModelError(f"need a model made of a trunk and a head, got {who} without a trunk")
 
 
@@ -110,8 +120,7 @@ def _turn_dropout_off(model: PreTrainedModel) -> int:
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     # no random numbers to restore: dropout is off
     def call(*args: Any, **kwargs: Any) -> Any:
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(forward, *args, **options, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return call
 
@@ -122,6 +131,10 @@ class LogpModel(nn.Module):
     Its head becomes a LogpHead on the same parameters and its attention fastpref's; its dropout
     rates are set to 0, with a line in the log. Saving `.model` saves what was loaded: neither
     change reaches the weights or the config.
+
+    A model with recurrent layers keeps its own attention and reads every completion in a row of its
+    own, with its own copy of the prompt: `shares_prompts` is False, and its batches are those of
+    pack(groups, share=False).
 
     Args:
         model: decoder-only, text alone, head an nn.Linear.
@@ -158,7 +171,13 @@ class LogpModel(nn.Module):
         self.attn_implementation = attn_implementation
         self._choices: dict[tuple[torch.device, torch.dtype], Choice] = {}
         self.model = model
-        self._set_attention(NAME)
+        self.router_loads: list[RouterLoad] | None = None  # see recorded_load
+        reason = recurrence(model)
+        self.shares_prompts = reason is None
+        if self.shares_prompts:
+            self._set_attention(NAME)
+        else:
+            log.warning("%s computes prompts once per completion: %s", type(model).__name__, reason)
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation(name)
@@ -183,6 +202,8 @@ class LogpModel(nn.Module):
         Raises:
             ModelError: the attn_implementation that was asked for cannot run this model there.
         """
+        if not self.shares_prompts:
+            return self._own_attention()
         dtype = self.model.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -194,8 +215,20 @@ class LogpModel(nn.Module):
                 raise ModelError(str(error)) from error
         return self._choices[device, dtype]
 
+    def _own_attention(self) -> Choice:
+        # of rows of one completion each, which need no segments
+        own, asked = self._plain_attention, self.attn_implementation
+        if asked not in (None, own):
+            raise ModelError(
+                f"need attn_implementation {own} or none for {type(self.model).__name__}, whose"
+                f" completions cannot share a row, got {asked}"
+            )
+        return Choice(own, sdpa_per_segment, "transformers' own, a completion a row")
+
     def hidden(self, batch: Batch) -> Tensor:
         """(T, H): what the head would read, of every token of the batch."""
+        if not self.shares_prompts:
+            return self._hidden_of_rows(batch)
         if self.model.config._attn_implementation != NAME:  # else the segments go unread
             raise ModelError("need a LogpModel outside plain(), got a call inside it")
         # the trunk alone: what the head keeps of its slabs stays
@@ -206,9 +239,27 @@ class LogpModel(nn.Module):
                 use_cache=False,
                 segments=batch.segments,
                 backend=self.attention(batch.input_ids.device).backend,
+                **self._asked(),
             )
+        self._record(out)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+    def _hidden_of_rows(self, batch: Batch) -> Tensor:
+        # right-padded rows without a mask: causal layers see nothing of what comes after
+        ids, index = to_rows(batch)
+        out = trunk_of(self.model)(input_ids=ids, use_cache=False, **self._asked())
+        self._record(out, index)
+        hidden: Tensor = out.last_hidden_state.flatten(0, 1)
+        return hidden.index_select(0, index)
+
+    def _asked(self) -> dict[str, bool]:
+        return {} if self.router_loads is None else {"output_router_logits": True}
+
+    def _record(self, out: Any, index: Tensor | None = None) -> None:
+        if self.router_loads is not None:
+            self.router_loads.append(RouterLoad.of(self.model, out, index))
+            self.router_loads = None  # the policy comes first; what may follow is its reference
 
     def forward(
         self,
@@ -284,18 +335,16 @@ class LogpModel(nn.Module):
 
     def frozen_copy(self) -> "LogpModel":
         """The same model with weights of its own that require no gradient: a reference."""
-        twin = LogpModel(
-            copy.deepcopy(self.model),
-            head_workspace=self.head_workspace,
-            attn_implementation=self.attn_implementation,
-        )
-        return twin.requires_grad_(False).eval()
+        return copy.deepcopy(self).requires_grad_(False).eval()
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
         """Inside, self.model is an ordinary CausalLM with the attention it was loaded with:
         generate() and model(...) work; calling the LogpModel does not.
         """
+        if not self.shares_prompts:  # it has no other
+            yield self.model
+            return
         self._set_attention(self._plain_attention)
         try:
             yield self.model

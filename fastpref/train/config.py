@@ -120,6 +120,9 @@ class TrainConfig:
     """Stay on the CPU where there is a GPU."""
     attn_implementation: Attention | None = None
     """Attention kernels; None: the fastest that can run the model, which a line says."""
+    router_aux_loss_coef: float | None = None
+    """Factor of the load-balancing loss of a mixture of experts; None: what the model's config
+    declares; 0 for none."""
     head_workspace: int | None = None
     """Bytes that the log-prob head may use; None: 1 GiB on CUDA, 256 MiB on the CPU."""
 
@@ -179,6 +182,7 @@ class TrainConfig:
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed")
         at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon", "eval_samples")
+        at_least(self, 0, "router_aux_loss_coef")
         for key in ("adam_beta1", "adam_beta2"):
             if getattr(self, key) >= 1:
                 raise ConfigError(f"need {key} below 1, got {getattr(self, key)}")

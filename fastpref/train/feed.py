@@ -31,11 +31,20 @@ class Feed:
     Args:
         method: says what of a group a gradient reaches.
         device: where batches will go: pinned memory reaches a GPU without a sync.
+        share: whether completions share their prompt.
         filler: a group for ranks that have nothing to do.
     """
 
-    def __init__(self, method: Method, device: torch.device, filler: Group | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        device: torch.device,
+        *,
+        share: bool = True,
+        filler: Group | None = None,
+    ) -> None:
         self.method = method
+        self.share = share
         self.pins = device.type == "cuda"
         self.filler = filler
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
@@ -48,7 +57,7 @@ class Feed:
         return Micro(groups, batch, batch if whole else self.pack(trained))
 
     def pack(self, groups: Groups) -> Batch:
-        batch = pack(groups)
+        batch = pack(groups, share=self.share)
         return batch.pin_memory() if self.pins else batch
 
     def soon(self, make: Callable[[], Made]) -> Future[Made]:

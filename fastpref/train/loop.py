@@ -15,6 +15,7 @@ from fastpref.data.micro_batches import micro_batches
 from fastpref.data.packing import num_tokens
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
+from fastpref.models.router import router_coefficient
 from fastpref.rollout.generate import SamplingParams, generate
 from fastpref.train import checkpoint
 from fastpref.train.callbacks import Callback
@@ -34,7 +35,7 @@ from fastpref.train.schedule import Plan, eval_strategy, moments
 STEP_KEYS = (
     *("seed", "train_sampling_strategy", "learning_rate", "lr_scheduler_type"),
     *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "dtype", "bf16"),
+    *("adam_epsilon", "max_grad_norm", "dtype", "bf16", "router_aux_loss_coef"),
     *("optim", "fp32_master_weights"),
     *("beta", "loss_type", "loss_weights", "loss_options", "label_smoothing", "ld_alpha"),
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
@@ -73,10 +74,14 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.forward = Forward(self.engine, self.method)
-        self.flops = self.engine.model.flops()
+        policy = self.engine.model
+        coef = router_coefficient(policy.model, config.router_aux_loss_coef)
+        self.forward = Forward(self.engine, self.method, router_coef=coef)
+        self.flops = policy.flops()
         filler = min(self.train_groups, key=num_tokens)
-        self.feed = Feed(self.method, self.engine.device, filler)
+        self.feed = Feed(
+            self.method, self.engine.device, share=policy.shares_prompts, filler=filler
+        )
         self.coming: dict[int, Future[Work]] = {}
         """Steps that are asked for already."""
         self.throughput = Throughput(self.engine)
@@ -282,7 +287,7 @@ class Trainer:
         self.engine.model.train()
         total = torch.zeros((), device=self.engine.device)
         known = self.method.known([self.train_groups[i] for i in chosen])
-        for number, part in enumerate(self.forward.step(parts, known), 1):
+        for number, part in enumerate(self.forward.step(parts, known, count), 1):
             self.engine.backward(part.loss, count, last=number == len(parts))
             self.add(self.sums, part)
             if part.groups:
@@ -329,13 +334,14 @@ class Trainer:
 
         def make() -> Work:
             groups = [self.train_groups[i] for i in self.plan.indices(step)]
-            flops = sum(map(self.flops.step, groups))
+            share = self.engine.model.shares_prompts
+            flops = sum(self.flops.step(group, share=share) for group in groups)
             if self.forward.reference is not None:
-                flops += sum(map(self.flops.forward, groups))
+                flops += sum(self.flops.forward(group, share=share) for group in groups)
             return Work(
                 [self.feed.make(part) for part in self.split(groups, size)],
-                sum(map(original_tokens, groups)),
-                sum(map(num_tokens, groups)),
+                sum(num_tokens(group, share=False) for group in groups),
+                sum(num_tokens(group, share=share) for group in groups),
                 flops,
             )
 
@@ -343,10 +349,10 @@ class Trainer:
 
     def split(self, groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
         """This rank's micro-batches: by tokens if a budget is set, else by groups."""
-        budget = self.config.max_tokens_per_micro_batch
+        budget, share = self.config.max_tokens_per_micro_batch, self.engine.model.shares_prompts
         dealt = micro_batches(
-            [num_tokens(group) for group in groups],
-            [self.flops.forward(group) for group in groups],
+            [num_tokens(group, share=share) for group in groups],
+            [self.flops.forward(group, share=share) for group in groups],
             ranks=self.engine.world_size,
             max_size=budget,
             max_groups=None if budget else batch_size,
@@ -369,7 +375,9 @@ class Trainer:
             for part in self.split(self.eval_groups[start : start + MOST_DEALT], size)
         )
         known = self.method.known(self.eval_groups)
-        for part in self.forward.evaluate(self.feed.ahead(parts), known, self.check_stop):
+        count = self.total(self.eval_groups)
+        batches = self.feed.ahead(parts)
+        for part in self.forward.evaluate(batches, known, count, self.check_stop):
             self.add(sums, part)
         metrics_read = self.read(sums)
         values = {f"eval_{name}": value for name, value in metrics_read.items()}
@@ -480,11 +488,6 @@ def measure_changes(was: TrainerState, now: TrainerState) -> list[str]:
 def described(groups: Sequence[Group]) -> str:
     """Which data these are, in a line that two runs can be held against."""
     return f"{len(groups)} groups, sha256 {hash_groups(groups, numbers=True)[:16]}"
-
-
-def original_tokens(group: Group) -> int:
-    """Tokens of the group as separate sequences, its prompt counted once per completion."""
-    return num_tokens(group) + len(group.prompt) * (len(group.completions) - 1)
 
 
 def optimizer_spec(config: TrainConfig, total_steps: int) -> OptimizerSpec:

@@ -119,7 +119,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "fsdp_config": (None,),
     "deepspeed": (None,),
     "model_init_kwargs": (None,),
-    "router_aux_loss_coef": (None, 0.0),
     "dataset_streaming": (False,),
     "use_peft": (False,),
     "load_in_8bit": (False,),

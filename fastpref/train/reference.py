@@ -127,7 +127,8 @@ def fill(
         file.seek(0, os.SEEK_END)
         for batch in left:
             on_batch()
-            scores = score(engine, method, model, pack(batch).to(engine.device)).cpu()
+            packed = pack(batch, share=model.shares_prompts).to(engine.device)
+            scores = score(engine, method, model, packed).cpu()
             if not torch.isfinite(scores).all():
                 rows = ", ".join(str(group.row) for group in batch)
                 raise DivergedError(f"the reference's log-probs of the rows {rows} are not finite")

@@ -44,12 +44,15 @@ def seen_by(batch: Batch) -> dict[int, tuple[list[int], list[int]]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(any_group(), min_size=1, max_size=4))
-def test_every_token_sees_its_own_sequence(groups):
-    batch = pack(groups)
+@given(st.lists(any_group(), min_size=1, max_size=4), st.booleans())
+def test_every_token_sees_its_own_sequence(groups, share):
+    batch = pack(groups, share=share)
     seen = seen_by(batch)
-    assert len(batch.input_ids) == len(seen) == sum(map(num_tokens, groups))
+    total = sum(num_tokens(g, share=share) for g in groups)
+    assert len(batch.input_ids) == len(seen) == total
     s = batch.segments
+    if not share:
+        assert s.k_index.tolist() == list(range(total)) and torch.equal(s.cu_q, s.cu_k)
     assert s.max_q == int(s.cu_q.diff().max()) and s.max_k == int(s.cu_k.diff().max())
     assert len(s.k_index) == s.cu_k[-1] and len(batch.rows) == batch.completions[-1]
     for ids, positions in seen.values():
@@ -88,6 +91,15 @@ def test_worked_out_by_hand():
     tensors += moved.extras.values()
     assert all(x.is_meta for x in tensors if isinstance(x, torch.Tensor))
     assert moved.segments.bounds == batch.segments.bounds
+
+
+def test_without_sharing_every_completion_has_a_prompt():
+    batch = pack([group([1, 2, 3], [4, 5], [6, 7, 8]), group([9], [10])], share=False)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9, 10]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0, 1]
+    assert batch.segments.bounds == ((0, 5, 0, 5), (5, 11, 5, 11), (11, 13, 11, 13))
+    assert batch.rows.tolist() == [2, 3, 7, 8, 9, 11]
+    assert batch.target.tolist() == [4, 5, 6, 7, 8, 10]
 
 
 @pytest.mark.parametrize(

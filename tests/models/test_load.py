@@ -132,29 +132,12 @@ def test_saved_models_are_plain(tiny, groups, tmp_path, tie):
     assert torch.equal(torch.load(logits), untouched(torch.load(ids)).logits)
 
 
-WINDOW = {"sliding_window": 4}
-FAITHFUL = [
-    ("llama", {}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("mistral", WINDOW),
-    ("gemma2", WINDOW | {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}),
-    ("granite", {"logits_scaling": 8.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
-    ("cohere", {"logit_scale": 0.25}),
-    ("cohere2", WINDOW),
-    ("gpt2", {"n_inner": None}),
-    ("mixtral", {}),
-]
-
-
-@pytest.mark.parametrize(("architecture", "options"), FAITHFUL)
-def test_faithful_models_agree(tiny, groups, architecture, options):
-    model = LogpModel(tiny(architecture, **options))
+def test_the_check_leaves_every_mode_as_it_was(tiny, groups):
+    model = LogpModel(tiny())
     model.train()
     model.model.lm_head.eval()
     modes = [module.training for module in model.modules()]
-    for count in (1, 3):
-        check_agreement(model, groups(count)[0])
+    check_agreement(model, groups(3)[0])
     assert [module.training for module in model.modules()] == modes
 
 

@@ -54,6 +54,27 @@ CASES = [
 ]
 
 
+def assert_equals_padded(plain, batch):
+    """Log-probs, a loss of them and every gradient."""
+    ours = LogpModel(copy.deepcopy(plain))
+    want = padded_logps(plain, batch)
+    got = ours(pack(batch, share=ours.shares_prompts)).logp
+    assert_rounding(got, want)
+    loss = loss_of(want)
+    assert_rounding(loss_of(got), loss)
+    loss.backward()
+    loss_of(got).backward()
+    truth = {name: g for name, g in gradients(plain).items() if g is not None}
+    found = {name: g for name, g in gradients(ours.model).items() if g is not None}
+    assert truth.keys() == found.keys()
+    largest = max(float(g.abs().max()) for g in truth.values())
+    for name, gradient in found.items():
+        if truth[name].abs().max() < 1e-5 * largest:  # a key's bias: its true gradient is 0
+            assert gradient.abs().max() < 1e-5 * largest, name
+        else:
+            assert_rounding(gradient, truth[name], ulps=256)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("architecture", "counts"), CASES, ids=str)
@@ -62,23 +83,27 @@ def test_logps_loss_and_gradients(tiny, groups, architecture, counts, tie, dtype
         pytest.skip("transformers' own padded rows are NaN")
     batch = groups(*counts, partial=counts == (1, 2, 4))
     window = {} if counts != (1, 2, 4) else {"sliding_window": 4}
-    plain = tiny(architecture, tie=tie, **window).to(dtype)
-    ours = LogpModel(copy.deepcopy(plain))
-    want = padded_logps(plain, batch)
-    got = ours(pack(batch)).logp
-    assert_rounding(got, want)
-    loss = loss_of(want)
-    assert_rounding(loss_of(got), loss)
-    loss.backward()
-    loss_of(got).backward()
-    truth = gradients(plain)
-    assert truth.keys() == gradients(ours.model).keys()
-    largest = max(float(g.abs().max()) for g in truth.values())
-    for name, gradient in gradients(ours.model).items():
-        if truth[name].abs().max() < 1e-5 * largest:  # a key's bias: its true gradient is 0
-            assert gradient.abs().max() < 1e-5 * largest, name
-        else:
-            assert_rounding(gradient, truth[name], ulps=256)
+    assert_equals_padded(tiny(architecture, tie=tie, **window).to(dtype), batch)
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("mixtral", EXPERTS | {"num_local_experts": 4}),
+        ("qwen3_moe", EXPERTS | {"num_experts": 4}),
+        ("bamba", MAMBA | {"attn_layer_indices": [1], "mamba_chunk_size": 4}),
+        ("jamba", EXPERTS | {"num_experts": 4, "attn_layer_offset": 1, "attn_layer_period": 2}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("mamba", {}),
+        ("recurrent_gemma", {"layers": 3}),
+    ],
+)
+def test_experts_and_recurrent_layers(tiny, groups, architecture, options):
+    assert_equals_padded(tiny(architecture, **options), groups(1, 3, 2, partial=True))
 
 
 class Sizes(TorchDispatchMode):

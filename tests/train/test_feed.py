@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def feed():
-    feed = Feed(DPO(), CPU, GROUPS[3])
+    feed = Feed(DPO(), CPU, filler=GROUPS[3])
     yield feed
     feed.close()
 

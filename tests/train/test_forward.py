@@ -87,11 +87,11 @@ def take_step(forward, groups, sizes):
     parts = [[*part] for part in torch.tensor(range(len(groups))).split(sizes)]
     parts = [[groups[i] for i in part] for part in parts]
     known = forward.method.known(groups)
-    feed = Feed(forward.method, torch.device("cpu"), groups[0])
+    feed = Feed(forward.method, torch.device("cpu"), filler=groups[0])
     parts = [feed.make(part) for part in parts]
     total, sums = 0.0, {}
-    for part in forward.step(parts, known):
-        forward.engine.backward(part.loss, 1.0, last=False)
+    for part in forward.step(parts, known, 1.0):
+        part.loss.backward()
         total += part.value.item()
         for name, (x, count) in part.metrics.items():
             old = sums.get(name, (0.0, 0.0))
@@ -234,7 +234,7 @@ def test_statistics_move_from_step_to_step(loss_type, new_model, tokenizer, pair
     told, own = (method.loss(scored, facts)[0].item() for facts in (forward.moving, {}))
     assert total == pytest.approx(told) and total != pytest.approx(own, rel=1e-4)
     parts = Feed(method, torch.device("cpu")).ahead([groups[2:4], groups[4:]])
-    evaluated = list(forward.evaluate(parts, {}, lambda: None))
+    evaluated = list(forward.evaluate(parts, {}, 4.0, lambda: None))
     assert sum(part.value for part in evaluated).item() == pytest.approx(told)
     if "delta" in forward.moving:  # the mean of every reward so far
         rewards = []
