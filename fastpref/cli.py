@@ -153,10 +153,13 @@ def normalise(config_class: type[Any], args: list[str]) -> list[str]:
             value = [parse_scalar(text) for text in values or ["true"]]
             value = value[0] if len(value) == 1 else value
             for name, taken in checked(config_class, {key: value}).items():
-                if len(values) > 1 and "list" not in str(types[name]):
+                entries = isinstance(taken, dict) and name != key  # of a mapping
+                several = "list" in str(types[name]) or name == "lora"
+                if len(values) > 1 and not several:
                     raise UsageError(f"need one value for --{flag}, got {' '.join(values)}")
-                if isinstance(taken, dict) and name != key:  # one entry of a mapping
-                    out.append(f"--{name}.{key}={json.dumps(taken[key])}")
+                if entries:
+                    for entry, x in taken.items():
+                        out.append(f"--{name}.{entry}={x if isinstance(x, str) else json.dumps(x)}")
                     continue
                 kinds = types[name], *typing.get_args(types[name])
                 if str not in kinds and any(typing.get_origin(kind) is list for kind in kinds):

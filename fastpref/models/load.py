@@ -20,8 +20,10 @@ from transformers import (
 
 from fastpref.data.packing import pack
 from fastpref.data.tokenize import Group
+from fastpref.models.adapters import has_adapters
 from fastpref.models.attention import ModelError
 from fastpref.models.model import LogpModel, head_of
+from fastpref.models.quantize import Quantization, in_int8, is_quantized, prepare_quantized
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,6 +39,14 @@ _STILL = 1e-4  # mean movement in nats of log-probs that must not move at all
 _CHECKED_TOKENS = 128  # of the prompt and of a completion: the plain logits stay small
 
 
+def _merge(adapter: str) -> str:
+    return (
+        "merge them into their base model first, in Python: from peft import"
+        f" AutoPeftModelForCausalLM as P; P.from_pretrained({adapter!r})"
+        ".merge_and_unload().save_pretrained(FOLDER), and copy the tokenizer there"
+    )
+
+
 def _check_folder(name_or_path: str, needed: dict[str, tuple[str, ...]]) -> None:
     folder = Path(name_or_path)
     if not folder.exists():
@@ -46,13 +56,14 @@ def _check_folder(name_or_path: str, needed: dict[str, tuple[str, ...]]) -> None
     if not folder.is_dir():
         raise ModelError(f"need a folder or a hub id, got the file {name_or_path}")
     have = sorted(path.name for path in folder.iterdir())
+    of_model = [name for name in have if not name.startswith("adapter_model")]
     for what, patterns in needed.items():
-        if not any(Path(name).match(pattern) for name in have for pattern in patterns):
+        if not any(Path(name).match(p) for name in of_model for p in patterns):
             hint = ""
             if any(name.endswith((".bin", ".pt", ".pth")) for name in have):
                 hint = " (pickled weights are not read: save them again as safetensors)"
             elif "adapter_config.json" in have:
-                hint = " (an adapter alone: merge it into its base model first)"
+                hint = f" (adapters alone: {_merge(name_or_path)})"
             raise ModelError(
                 f"need {what} ({' or '.join(patterns)}) in {folder}, got {have or 'no file'}{hint}"
             )
@@ -76,12 +87,16 @@ def load_model(
     dtype: str = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a local folder or a hub id, from safetensors only.
 
     Args:
         name_or_path: a folder that holds config.json and *.safetensors, or a hub id.
         dtype: of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        quantization: of linear layers but the head.
+        device: where quantised weights go; they can go nowhere else afterwards.
 
     Returns:
         The transformers model, in eval mode.
@@ -99,6 +114,8 @@ def load_model(
             f"need a decoder-only language model, got {name_or_path} of the encoder-decoder type"
             f" {config.model_type!r}"
         )
+    if quantization is not None:
+        source |= quantization.options(config, dtype, device or torch.device("cpu"))
     model, info = _load(
         AutoModelForCausalLM.from_pretrained,
         "model",
@@ -114,6 +131,12 @@ def load_model(
             f"need every weight of {type(model).__name__} in {name_or_path}, got files without"
             f" {missing[:5]}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
         )
+    if has_adapters(model):  # found beside the config
+        raise ModelError(
+            f"need a model alone in {name_or_path}, got one with adapters: {_merge(name_or_path)}"
+        )
+    if is_quantized(model):
+        prepare_quantized(model)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -296,7 +319,7 @@ def check_agreement(model: LogpModel, group: Group) -> None:
     """
     group = _cut(group)
     dtype = next(model.parameters()).dtype
-    limits = _TOLERANCE[dtype]
+    limits = _TOLERANCE[torch.bfloat16 if in_int8(model.model) else dtype]
     who = f"{type(model.model).__name__} in {str(dtype).removeprefix('torch.')}"
     refusal = f"need packed log-probs equal to those of the plain model, got from {who}"
     with _mode(model, training=False):
@@ -314,6 +337,8 @@ def check_agreement(model: LogpModel, group: Group) -> None:
             raise ModelError(f"{refusal} a difference of {gap}. Likely cause: {mixes}.")
         # the same shapes again, so the same roundings: far sharper than the agreement above
         still = (limits[0] if _has_experts(model) else _STILL, limits[0])
+        if in_int8(model.model):  # a column is rounded or not by the largest of all its rows
+            still = limits
         one, *others = group.completions
         vocab = model.model.config.vocab_size
         changed = replace(group, completions=([(t + 1) % vocab for t in one], *others))

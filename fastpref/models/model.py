@@ -117,12 +117,17 @@ def _turn_dropout_off(model: PreTrainedModel) -> int:
     return count
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    # no random numbers to restore: dropout is off
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+class _Recomputed:
+    """A layer's forward of which only the input is kept."""
 
-    return call
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # no random numbers to restore: dropout is off
+        return checkpoint(
+            self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
 
 
 class LogpModel(nn.Module):
@@ -142,6 +147,7 @@ class LogpModel(nn.Module):
             default.
         attn_implementation: one of attention_backends.NAMES; None for the fastest that can run the
             model.
+        adapters: peft's PeftModel around the model; None where it has no adapters.
 
     Raises:
         ModelError: the model is of a kind that cannot be trained this way.
@@ -157,8 +163,10 @@ class LogpModel(nn.Module):
         *,
         head_workspace: int | None = None,
         attn_implementation: str | None = None,
+        adapters: Any = None,
     ):
         super().__init__()
+        self._adapters = (adapters,)  # no submodule: its weights are the model's
         _check_class(model)
         _replace_head(model)
         self.head_workspace = head_workspace
@@ -178,6 +186,11 @@ class LogpModel(nn.Module):
             self._set_attention(NAME)
         else:
             log.warning("%s computes prompts once per completion: %s", type(model).__name__, reason)
+
+    @property
+    def adapters(self) -> Any:
+        """peft's PeftModel around the model; None where it has no adapters."""
+        return self._adapters[0]
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation(name)
@@ -323,7 +336,8 @@ class LogpModel(nn.Module):
         Not transformers' switch: that one is closed to torch.compile.
         """
         for layer in self.layers():
-            layer.forward = _recomputed(layer.forward)
+            if not isinstance(layer.forward, _Recomputed):  # by a run before this one
+                layer.forward = _Recomputed(layer.forward)
 
     def layers(self) -> list[GradientCheckpointingLayer]:
         """The layers of the trunk; ModelError where transformers knows none."""

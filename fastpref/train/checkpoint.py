@@ -16,6 +16,8 @@ from fastpref.train.engine import STATE as ENGINE_STATE
 from fastpref.train.engine import Engine
 
 STATE = "trainer_state.json"
+# without it nothing loads a model, or adapters: it comes last
+LAST = ("config.json", "adapter_config.json")
 
 
 class CheckpointError(ValueError):
@@ -114,7 +116,7 @@ def code_of(fields: dict[str, Any]) -> int:
 
 
 def publish(run: Path, engine: Engine, tokenizer: Any) -> None:
-    """Write the final model: ``config.json``, without which nothing loads it, comes last.
+    """Write the final model, its config last.
 
     Raises:
         CheckpointError: it could not be written; the run's checkpoints are untouched.
@@ -125,8 +127,9 @@ def publish(run: Path, engine: Engine, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
     partial = staged(run / ".model.partial", fill)
-    (run / "config.json").unlink(missing_ok=True)
-    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+    for name in LAST:
+        (run / name).unlink(missing_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda p: p.name in LAST):
         target = run / path.name
         if target.is_dir():
             shutil.rmtree(target)

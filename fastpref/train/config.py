@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from fastpref.losses.pairs import OPTIONS
-from fastpref.train.peer_keys import ALIASES, INERT, UNSUPPORTED, WORDS
+from fastpref.train.peer_keys import ALIASES, INERT, LORA_KEYS, UNSUPPORTED, WORDS
 
 Strategy = Literal["no", "steps", "epoch"]
 Attention = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "sdpa"]
@@ -38,6 +38,19 @@ class TrainConfig:
     """Weights' dtype: float32, bfloat16, or auto for the checkpoint's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
+    lora: dict[str, Any] | None = None
+    """Train adapters alone: entries of peft's LoraConfig (r, alpha, target_modules, ...); the
+    reference is the model without them. TRL's use_peft, lora_r, ... are read too."""
+    load_in_4bit: bool = False
+    """Keep the linear layers but the head in 4 bits (QLoRA); with lora."""
+    load_in_8bit: bool = False
+    """Keep them in 8 bits; with lora, on CUDA."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4 bits: nf4 or fp4."""
+    use_bnb_nested_quant: bool = False
+    """Quantise the constants of 4 bits as well."""
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] | None = None
+    """Dtype that packed 4-bit weights lie in; None: uint8."""
 
     dataset_name: str | None = None
     """Local .json, .jsonl, .parquet file (or .gz of it), a folder of them, or a hub id."""
@@ -103,7 +116,8 @@ class TrainConfig:
     bytes a parameter; false: all in the weights' dtype, 8 bytes, and small updates are lost."""
 
     bf16: bool | None = None
-    """bfloat16 autocast over the weights' dtype; None: on CUDA, unless the weights are half."""
+    """bfloat16 autocast over the weights' dtype; None: on CUDA, unless the weights are half
+    (bfloat16 ones with lora do have it: adapters are fp32)."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward instead of keeping its activations."""
     torch_compile: bool = False
@@ -198,6 +212,7 @@ class TrainConfig:
                 f"got {self.max_steps} and {self.num_train_epochs}"
             )
         self.check_schedule()
+        self.check_adapters()
         if self.dtype not in ("auto", "float32", "bfloat16"):  # float16 needs a loss scaler
             raise ConfigError(f"need dtype: auto, float32 or bfloat16, got {self.dtype!r}")
         if self.optim not in OPTIMS:
@@ -224,6 +239,12 @@ class TrainConfig:
                 f"need arguments that lr_scheduler_type {self.lr_scheduler_type!r} takes, "
                 f"got lr_scheduler_kwargs {kwargs}: {error}"
             ) from error
+
+    def check_adapters(self) -> None:
+        from fastpref.train.lora_config import check_quantization, settled
+
+        self.lora = settled(self.lora)
+        check_quantization(self)
 
     def every(self, key: str, total_steps: int) -> int:
         """Steps between two events, where below 1 the key is a fraction of all steps."""
@@ -335,8 +356,8 @@ def check_keys(
             value = (
                 WORDS[key].get(value, value) if isinstance(value, bool) and key in WORDS else value
             )
-            if key == "loss_options":
-                value = merged(taken.pop(key, None), value)
+            if key in ("loss_options", "lora") and value is not None:
+                value = merged(key, taken.pop(key, None), value)
             if taken.get(key) and value and taken[key] != value:
                 raise ConfigError(
                     f"need one of {' and '.join(names_of(key))}, got {taken[key]} and {value}"
@@ -344,7 +365,11 @@ def check_keys(
             taken[key] = value or taken.get(key, value)  # warmup_steps: 0 beside a warmup_ratio
         elif key in LOSS_OPTIONS and "loss_options" in fields:
             if value is not None:
-                taken["loss_options"] = merged(taken.get("loss_options"), {key: value})
+                known = taken.get("loss_options")
+                taken["loss_options"] = merged("loss_options", known, {key: value})
+        elif key in LORA_KEYS or key.startswith("lora."):
+            entry = key.removeprefix("lora.") if key not in LORA_KEYS else f"trl_{key}"
+            taken["lora"] = merged("lora", taken.get("lora"), {entry: value})
         elif key in INERT:
             notes.append(f"{given} has no effect: {INERT[key]}")
         elif key in UNSUPPORTED:
@@ -355,17 +380,17 @@ def check_keys(
                     f"{' or '.join(map(repr, neutral))}"
                 )
         else:
-            more = set(LOSS_OPTIONS) if "loss_options" in fields else set()
+            more = set(LORA_KEYS) | (set(LOSS_OPTIONS) if "loss_options" in fields else set())
             raise ConfigError(unknown("key", given, fields | set(ALIASES) | more))
     return taken, notes
 
 
-def merged(known: Any, more: Any) -> dict[str, Any]:
-    """Loss options from both; ConfigError where they disagree."""
+def merged(what: str, known: Any, more: Any) -> dict[str, Any]:
+    """Entries of a mapping from both; ConfigError where they disagree."""
     known, more = known or {}, more or {}
     for options in (known, more):
         if not isinstance(options, Mapping):
-            raise ConfigError(f"need names and numbers for loss_options, got {options!r}")
+            raise ConfigError(f"need names and values for {what}, got {options!r}")
     for key in known.keys() & more.keys():
         if known[key] != more[key]:
             raise ConfigError(f"need one {key}, got {known[key]} and {more[key]}")

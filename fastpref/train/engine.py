@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastpref.models.adapters import adapter_state, load_adapters, save_adapters
 from fastpref.models.model import LogpModel
+from fastpref.models.quantize import is_quantized
 from fastpref.train.optimizer import Optimizer, OptimizerSpec
 
 # what save_state writes: a folder without it holds a model alone
@@ -50,7 +52,7 @@ class Engine(Protocol):
         """Bytes that save_model writes, and save_state."""
 
     def save_model(self, folder: Path) -> None:
-        """Write the model as plain transformers reads it."""
+        """Write the model as plain transformers reads it; where there are adapters, those alone."""
 
     def save_state(self, folder: Path) -> None:
         """Write what else a resumed run needs: optimizer, schedule, random state."""
@@ -83,7 +85,8 @@ class TorchEngine:
     def __init__(self, model: LogpModel, device: torch.device, *, bf16: bool = False) -> None:
         if device.type == "cpu":
             keep_freed_memory()
-        self.model = model.to(device)
+        # quantised weights lie where they were loaded, and cannot be moved
+        self.model = model if is_quantized(model) else model.to(device)
         self.device = device
         self.bf16 = bf16
 
@@ -107,11 +110,16 @@ class TorchEngine:
         return rows, 0
 
     def sizes(self) -> tuple[int, int]:
-        model = sum(p.nbytes for p in self.model.parameters())
+        adapters = self.model.adapters
+        saved = self.model.parameters() if adapters is None else adapter_state(adapters).values()
+        model = sum(p.nbytes for p in saved)
         return model, self.optimizer.nbytes()
 
     def save_model(self, folder: Path) -> None:
-        self.model.model.save_pretrained(folder)
+        if self.model.adapters is not None:
+            save_adapters(self.model.adapters, folder)
+        else:
+            self.model.model.save_pretrained(folder)
 
     def save_state(self, folder: Path) -> None:
         state = {
@@ -122,6 +130,9 @@ class TorchEngine:
         torch.save(state, folder / STATE)
 
     def load_model(self, folder: Path) -> None:
+        if self.model.adapters is not None:
+            load_adapters(self.model.adapters, folder)
+            return
         model = self.model.model
         loader: Any = type(model)
         saved, report = loader.from_pretrained(

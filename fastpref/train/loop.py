@@ -37,6 +37,8 @@ STEP_KEYS = (
     *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "max_grad_norm", "dtype", "bf16", "router_aux_loss_coef"),
     *("optim", "fp32_master_weights"),
+    *("lora", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "bnb_4bit_quant_storage",
     *("beta", "loss_type", "loss_weights", "loss_options", "label_smoothing", "ld_alpha"),
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
     *("desirable_weight", "undesirable_weight", "loss_columns"),
@@ -89,6 +91,7 @@ class Trainer:
         self.counts = [self.method.count(group) for group in self.train_groups]
         for group in self.eval_groups:  # what they lack must not come out at the first evaluation
             self.method.count(group)
+        self.check_budget()
         if self.method.couples and self.plan.per_step < 2:
             raise ConfigError(
                 "need at least 2 groups in an optimizer step for a loss that couples them, got "
@@ -126,6 +129,18 @@ class Trainer:
                 f"eval_strategy {strategy!r} every {config.eval_steps}"
             )
 
+    def check_budget(self) -> None:
+        """Refuse groups over the token budget, where only the model says what they take."""
+        budget = self.config.max_tokens_per_micro_batch
+        if budget is None or self.engine.model.shares_prompts:
+            return
+        for group in (*self.train_groups, *self.eval_groups):
+            if (size := num_tokens(group, share=False)) > budget:
+                raise ConfigError(
+                    f"row {group.row}: need at most max_tokens_per_micro_batch={budget} tokens, got"
+                    f" {size}, the prompt once per completion: raise the limit or lower max_length"
+                )
+
     def check_metric(self, name: str | None) -> None:
         known = {"loss", *self.method.metric_names}
         if name is not None and name.removeprefix("eval_") not in known:
@@ -138,8 +153,10 @@ class Trainer:
         """What the steps depend on: a resumed run must agree with it."""
         config = dataclasses.asdict(self.config)
         kept = {name: config[name] for name in STEP_KEYS if name in config}
-        if self.method.needs_reference:  # the model as it came; a run goes on from the same
-            kept["reference model"] = f"sha256 {hash_weights(self.engine.model)[:16]}"
+        adapted = self.engine.model.adapters is not None  # a checkpoint holds adapters alone
+        if self.method.needs_reference or adapted:  # a run goes on from the model as it came
+            name = "reference model" if self.method.needs_reference else "base model"
+            kept[name] = f"sha256 {hash_weights(self.engine.model)[:16]}"
         if self.config.lr_scheduler_type != "constant":  # else its curve would break off
             kept["steps"] = self.plan.total_steps
         return kept | {
@@ -321,11 +338,11 @@ class Trainer:
         for (name, step, groups, _), value in zip(seen, values, strict=True):
             if not math.isfinite(value):
                 saved = [p.name for p in checkpoint.complete(self.run)[-1:]] or ["none"]
+                rows = ", ".join(map(str, sorted(group.row for group in groups)))
                 raise DivergedError(
-                    f"the {name} is {value} at step {step}, over the rows "
-                    f"{', '.join(str(group.row) for group in groups)} (from 0): the weights were "
-                    f"left as step {step - 1} made them. Look at these rows, or start a run with "
-                    f"a lower learning rate (newest checkpoint: {saved[0]})"
+                    f"the {name} is {value} at step {step}, over the rows {rows} (from 0): the "
+                    f"weights were left as step {step - 1} made them. Look at these rows, or start "
+                    f"a run with a lower learning rate (newest checkpoint: {saved[0]})"
                 )
 
     def ask(self, step: int) -> Future[Work]:

@@ -13,6 +13,20 @@ ALIASES = {
     "activation_checkpointing": "gradient_checkpointing",
 }
 
+# TRL's keys of LoRA -> entries of our ``lora``; without use_peft they have no effect
+LORA_KEYS = {
+    "use_peft": "use_peft",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task_type",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+
 # YAML reads an unquoted ``no`` as False, and TRL takes booleans for a path
 WORDS: dict[str, dict[object, object]] = {
     "resume": {True: "auto", False: None},
@@ -72,18 +86,6 @@ INERT = {
     "log_level": "there is one level",
     "include_num_input_tokens_seen": "num_tokens is always logged",
     "prediction_loss_only": "evaluation returns metrics only",
-    "lora_r": "use_peft is off",
-    "lora_alpha": "use_peft is off",
-    "lora_dropout": "use_peft is off",
-    "lora_target_modules": "use_peft is off",
-    "lora_task_type": "use_peft is off",
-    "lora_target_parameters": "use_peft is off",
-    "lora_modules_to_save": "use_peft is off",
-    "use_rslora": "use_peft is off",
-    "use_dora": "use_peft is off",
-    "bnb_4bit_quant_type": "load_in_4bit is off",
-    "use_bnb_nested_quant": "load_in_4bit is off",
-    "bnb_4bit_quant_storage": "load_in_4bit is off",
 }
 
 # accepted only with a value that asks for nothing; any other is refused by the key's name
@@ -120,9 +122,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "deepspeed": (None,),
     "model_init_kwargs": (None,),
     "dataset_streaming": (False,),
-    "use_peft": (False,),
-    "load_in_8bit": (False,),
-    "load_in_4bit": (False,),
     "ignore_bias_buffers": (False,),
     # SFT
     "chat_template_path": (None,),

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastpref.data.packing import Batch, pack, split_groups
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
+from fastpref.models.adapters import base_state
 from fastpref.models.model import LogpModel
 from fastpref.train.checkpoint import CheckpointError
 from fastpref.train.console import tell
@@ -199,11 +200,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def hash_weights(model: LogpModel) -> str:
-    """Hash of the names, shapes, dtypes and values of all parameters and buffers."""
+    """Hash of the names, shapes, dtypes and values of all parameters and buffers but adapters'."""
     digest = hashlib.sha256()
-    for name, weight in model.model.state_dict().items():
+    for name, weight in base_state(model).items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,44 +12,36 @@ from typing import Any
 import torch
 import yaml
 
-from fastpref.data.files import DataError
-from fastpref.data.formats import Example, load_examples, to_examples
-from fastpref.data.packing import split_groups
-from fastpref.data.tokenize import Group, tokenize
-from fastpref.data.unpaired import add_mismatched
 from fastpref.losses.ranking import RANKING_LOSSES
 from fastpref.methods.base import Method
 from fastpref.methods.dpo import DPO, LossFn
 from fastpref.methods.kto import KTO
 from fastpref.methods.ranking import Ranking
 from fastpref.methods.sft import SFT
+from fastpref.models.adapters import unadapted
 from fastpref.models.attention import ModelError
-from fastpref.models.liger import apply_liger, liger_functions
+from fastpref.models.liger import apply_liger
 from fastpref.models.load import (
     check_agreement,
     check_vocabulary,
-    load_generation_config,
-    load_model,
     load_tokenizer,
     unchanged,
 )
 from fastpref.models.model import LogpModel
 from fastpref.report.page import write_report
 from fastpref.train import checkpoint
+from fastpref.train.build import build_engine, check_device, check_model, device_of
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError
 from fastpref.train.config import Config, ConfigError, SFTConfig, TrainConfig, check_keys, typed
 from fastpref.train.console import tell
 from fastpref.train.engine import TorchEngine
+from fastpref.train.groups import Data, Rows, read_data
 from fastpref.train.guard import Stopped, only_writer
 from fastpref.train.loop import Trainer
-from fastpref.train.optimizer import check_dtypes, check_optim
 from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.reference import precompute
-from fastpref.train.schedule import eval_strategy
 from fastpref.train.trackers import trackers
-
-Rows = Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -170,14 +162,6 @@ def preference_method(config: DPOConfig, loss_fn: LossFn | None = None) -> Metho
     )
 
 
-@dataclass(frozen=True)
-class Data:
-    """Rows given from Python; None: the configuration names them."""
-
-    train: Rows | None = None
-    evaluation: Rows | None = None
-
-
 def as_config(cls: type[Config], config: Config | Mapping[str, Any]) -> Config:
     if isinstance(config, cls):
         return typed(cls, dataclasses.asdict(config))
@@ -261,8 +245,9 @@ def run_alone(
                 policy.checkpoint_layers()
             policy.offload_activations = config.activation_offloading
             if config.torch_compile:
-                for part in filter(None, (policy, trainer.forward.reference)):
-                    part.compile_layers()
+                policy.compile_layers()
+                if trainer.forward.reference is not None and policy.adapters is None:
+                    trainer.forward.reference.compile_layers()
             metrics = trainer.train(resume)
             if config.load_best_model_at_end and trainer.state.best_step is not None:
                 load_best(engine, checkpoint.path_of(folder, trainer.state.best_step))
@@ -287,10 +272,14 @@ def load_best(engine: TorchEngine, folder: Path) -> None:
 
 
 def prepare_reference(trainer: Trainer) -> None:
-    """A frozen copy of the policy as it is now, or its scores among the groups' extras."""
+    """The policy as it came, or its scores among the groups' extras.
+
+    That is the policy without its adapters, or a frozen copy where it has none.
+    """
     method, policy, config = trainer.method, trainer.engine.model, trainer.config
+    base = unadapted(policy)
     if method.needs_reference and not method.precomputes_reference:
-        trainer.forward.reference = policy.frozen_copy()
+        trainer.forward.reference = policy.frozen_copy() if base is policy else base
     elif method.needs_reference:
         shared = getattr(config, "reference_cache", None)
         folder = Path(shared) if shared else trainer.run / "reference_logps"
@@ -298,7 +287,7 @@ def prepare_reference(trainer: Trainer) -> None:
             precompute(
                 trainer.engine,
                 method,
-                policy,
+                base,
                 groups,
                 folder,
                 batch_size=config.per_device_eval_batch_size,
@@ -315,6 +304,7 @@ def check_start(config: TrainConfig, model: Any, tokenizer: Any) -> None:
         raise ConfigError("need model_name_or_path, or a model and its tokenizer from Python")
     if isinstance(model, str):
         raise ConfigError(f"need model_name_or_path for a path or hub id, got model={model!r}")
+    check_model(config, model)
     folder = Path(config.output_dir).absolute()
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -323,127 +313,6 @@ def check_start(config: TrainConfig, model: Any, tokenizer: Any) -> None:
     if processes > 1:
         raise ConfigError(f"need one process, got WORLD_SIZE={processes}")
     check_device(config, device_of(config))
-
-
-def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Refuse what the device, or what is installed, cannot do."""
-    check_optim(config.optim, device)
-    for key in ("activation_offloading", "use_liger_kernel"):
-        if getattr(config, key) and device.type != "cuda":
-            raise ConfigError(f"need a CUDA device for {key}, got {device.type}")
-    if config.use_liger_kernel:
-        liger_functions()
-
-
-def device_of(config: TrainConfig) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
-
-
-def read_data(
-    config: TrainConfig, method: Method, data: Data, model: Any, tokenizer: Any
-) -> tuple[list[Group], list[Group]]:
-    """Training and evaluation groups; no evaluation groups where none will be read."""
-    generation_config = (
-        load_generation_config(str(config.model_name_or_path), revision=config.model_revision)
-        if model is None
-        else model.generation_config
-    )
-    reader = Reader(config, method, tokenizer, generation_config)
-    train_groups = reader.groups("train", data.train)
-    given = data.evaluation is not None or config.eval_dataset_name is not None
-    if eval_strategy(config, given) == "no" and not config.eval_on_start:
-        return train_groups, []
-    return train_groups, reader.groups("eval", data.evaluation)
-
-
-def build_engine(config: TrainConfig, model: Any) -> TorchEngine:
-    """The model, given or loaded, where it will be trained."""
-    device = device_of(config)
-    if model is None:
-        model = load_model(
-            str(config.model_name_or_path),
-            dtype=config.dtype,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    check_dtypes(model)
-    bf16 = config.bf16
-    if bf16 is None:
-        bf16 = device.type == "cuda" and model.dtype == torch.float32
-    policy = LogpModel(
-        model,
-        head_workspace=config.head_workspace,
-        attn_implementation=config.attn_implementation,
-    )
-    engine = TorchEngine(policy, device, bf16=bf16)
-    with engine.autocast():
-        attention = policy.attention(device)
-    tell(f"attention: {attention}")
-    if attention.name == "sdpa" and config.torch_compile and config.gradient_checkpointing:
-        raise ConfigError(
-            "need gradient_checkpointing off for torch_compile where attention is sdpa, got both: "
-            "layers that are computed again can be compiled around one attention kernel only"
-        )
-    return engine
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Rows or files to tokenised groups."""
-
-    config: TrainConfig
-    method: Method
-    tokenizer: Any
-    generation_config: Any
-    """The model's: it may know stop tokens that the tokenizer does not."""
-
-    def groups(self, part: str, rows: Rows | None) -> list[Group]:
-        """The groups of the ``train`` or ``eval`` part; a line says what was dropped and why."""
-        examples, dropped = self.examples(part, rows)
-        if self.method.mismatches:
-            examples = add_mismatched(examples)
-        try:
-            groups, cut = tokenize(
-                examples,
-                self.tokenizer,
-                max_length=self.config.max_length,
-                truncation_mode=self.config.truncation_mode,
-                generation_config=self.generation_config,
-                own=1 if self.method.mismatches else None,
-            )
-            # a group over the token budget must be found now, not hours from here
-            split_groups(groups, max_tokens=self.config.max_tokens_per_micro_batch)
-        except DataError:
-            raise
-        except ValueError as error:  # what the tokenizer or the budget cannot do
-            raise ConfigError(f"{part}: {error}") from error
-        counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
-        taken = dropped["unpaired_from_pairs"], dropped["sft_on_chosen"]  # counted, not dropped
-        rows_read = len(examples) - taken[0] + sum(dropped.values()) - sum(taken)
-        tell(", ".join([f"{part}: {len(groups)} groups of {rows_read} rows", *counts]))
-        return groups
-
-    def examples(self, part: str, rows: Rows | None) -> tuple[list[Example], dict[str, int]]:
-        config = self.config
-        options: dict[str, Any] = {
-            "turn_marker": config.turn_marker,
-            "skip_bad_rows": config.skip_bad_rows,
-        }
-        if rows is not None:
-            return to_examples(rows, self.method.kind, name=f"{part}_dataset", **options)
-        name, split = config.dataset_name, config.dataset_train_split
-        if part == "eval":
-            split = config.dataset_test_split
-            if config.eval_dataset_name is None and Path(str(name)).is_file():
-                raise ConfigError(f"need eval_dataset_name beside the one file {name}, got none")
-            if config.eval_dataset_name is not None:
-                name = config.eval_dataset_name
-                split = "train" if Path(name).is_file() else split  # a file is one split
-        if name is None:
-            raise ConfigError(f"need dataset_name, or {part}_dataset from Python")
-        return load_examples(
-            name, self.method.kind, split=split, config_name=config.dataset_config, **options
-        )
 
 
 def recipe(config: TrainConfig) -> str:

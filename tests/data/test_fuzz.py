@@ -32,7 +32,7 @@ from fastpref.methods.ranking import Ranking
 from fastpref.methods.sft import SFT
 from fastpref.models.tiny import tiny_tokenizer
 from fastpref.train.config import ConfigError, SFTConfig
-from fastpref.train.run import Reader
+from fastpref.train.groups import Reader
 
 FILES = int(os.environ.get("FASTPREF_FUZZ_FILES", "0"))
 fuzz = settings(

@@ -66,7 +66,7 @@ def test_missing_files(folder, tmp_path):
     weights.rename(folder / "pytorch_model.bin")
     refused(folder, r"weights \(\*.safetensors\).*save them again as safetensors")
     (folder / "pytorch_model.bin").rename(folder / "adapter_config.json")
-    refused(folder, "merge it into its base model")
+    refused(folder, "merge them into their base model")
     (folder / "config.json").unlink()
     refused(folder, r"a config \(config.json\)")
 

@@ -101,7 +101,6 @@ def test_flags_as_recipes_and_launchers_write_them(args, key, value):
     [
         ({"learning_rat": 1.0}, "nearest is 'learning_rate'"),
         ({"loss_type": "sigmiod"}, "nearest is 'sigmoid'"),
-        ({"use_peft": True}, "use_peft: True is not supported"),
         ({"optim": "adafactor"}, "unknown optim 'adafactor'"),
         ({"optim": "adamw_8bits"}, "nearest is 'adamw_8bit'"),
         ({"dtype": "float16"}, "auto, float32 or bfloat16, got 'float16'"),

@@ -18,8 +18,9 @@ from fastpref.methods.ranking import Ranking
 from fastpref.models.model import LogpModel
 from fastpref.train.checkpoint import CheckpointError, path_of
 from fastpref.train.config import LOSS_OPTIONS, ConfigError, check_keys, typed
+from fastpref.train.groups import Reader
 from fastpref.train.preference_config import DPOConfig, KTOConfig
-from fastpref.train.run import Reader, dpo, kto, kto_method, preference_method
+from fastpref.train.run import dpo, kto, kto_method, preference_method
 
 
 def options(folder, **more):

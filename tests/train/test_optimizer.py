@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from fastpref.models import offload
 from fastpref.models.model import LogpModel
 from fastpref.train import run
+from fastpref.train.build import build_engine
 from fastpref.train.callbacks import Callback
 from fastpref.train.checkpoint import CheckpointError
 from fastpref.train.config import ConfigError
@@ -254,7 +255,7 @@ def test_what_cannot_run_is_refused_before_anything_is_read(tmp_path, monkeypatc
     refused("need a CUDA device for activation_offloading, got cpu", activation_offloading=True)
     refused("need a CUDA device for use_liger_kernel, got cpu", use_liger_kernel=True)
     with pytest.raises(ConfigError, match=r"got 21 in float16 \(model"):
-        run.build_engine(DPOConfig(**options(tmp_path)), new_model().half())
+        build_engine(DPOConfig(**options(tmp_path)), new_model().half())
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
