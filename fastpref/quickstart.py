@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fastpref.data.formats import Example
 from fastpref.data.synthetic import gold_reward, reviews
-from fastpref.data.tokenize import tokenize
+from fastpref.data.tokenize import Tokens, tokenize
 from fastpref.evaluate.frontier import Standing, mean_and_error, standing, text_of
 from fastpref.models.model import LogpModel
 from fastpref.models.tiny import tiny_model, tiny_tokenizer
@@ -214,7 +214,7 @@ def prefer(
     return dpo(recipe, tuned.model, tokenizer=tuned.tokenizer)
 
 
-def token_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
+def token_ids(prompts: list[str], tokenizer: Any) -> list[Tokens]:
     """Prompts as the trainer tokenises them."""
     examples = [Example(p, (" .",), i, f"prompt[{i}]", {}) for i, p in enumerate(prompts)]
     groups, _ = tokenize(examples, tokenizer, max_length=None)
@@ -222,7 +222,7 @@ def token_ids(prompts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def judge(
-    policy: LogpModel, reference: LogpModel, tokenizer: Any, prompts: list[list[int]], seed: int
+    policy: LogpModel, reference: LogpModel, tokenizer: Any, prompts: list[Tokens], seed: int
 ) -> Standing:
     return standing(
         *(policy, reference, tokenizer, prompts, gold_reward),
@@ -237,7 +237,7 @@ def sampled_pairs(
     model: LogpModel,
     tokenizer: Any,
     texts: list[str],
-    prompts: list[list[int]],
+    prompts: list[Tokens],
     rng: random.Random,
 ) -> list[dict[str, str]]:
     """The best and the worst completion of each prompt by gold reward; ties make no pair."""

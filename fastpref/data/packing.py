@@ -3,6 +3,7 @@
 Letters: G groups, B completions, T tokens, M scored tokens, Tk keys, S segments (S = B).
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -89,7 +90,7 @@ def _check(group: Group) -> None:
         raise ValueError(f"row {group.row}: need scored flags of lengths {need} or None, got {got}")
 
 
-def _offsets(lengths: Sequence[int]) -> Ints:
+def _offsets(lengths: Sequence[int] | Ints) -> Ints:
     out = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=out[1:])
     return out
@@ -141,61 +142,78 @@ def pack(groups: Sequence[Group], *, share: bool = True) -> Batch:
     """
     if not groups:
         raise ValueError("need at least one group to pack, got none")
-    total = 0
     for group in groups:
         _check(group)
-        total += num_tokens(group, share=share)
-    count = np.arange(total, dtype=np.int64)
-    tokens: list[int] = []
-    positions: list[Ints] = []
-    keys: list[Ints] = []
-    rows: list[Ints] = []
-    target: list[Ints] = []
-    bounds: list[tuple[int, int, int, int]] = []
-    k_end = 0
-    for group in groups:
-        start, prompt = len(tokens), len(group.prompt)
-        for i, (completion, flags) in enumerate(zip(group.completions, group.scored, strict=True)):
-            whole = i == 0 or not share  # one segment with its prompt: its keys are its queries
-            if whole:
-                start = len(tokens)
-                tokens += group.prompt
-            own, size = len(tokens), len(completion)
-            tokens += completion
-            q0 = start if whole else own
-            positions.append(count[0 if whole else prompt : prompt + size])
-            keys += [count[start : start + prompt], count[own : own + size]]
-            bounds.append((q0, own + size, k_end, k_end + prompt + size))
-            k_end += prompt + size
-            # the last prompt row scores the first token of every completion
-            scores = np.concatenate((count[own - 1 : own], count[own : own + size - 1]))
-            scores[0] = start + prompt - 1
-            wanted = np.array(completion, np.int64)
-            if flags is not None:
-                keep = np.array(flags, np.bool_)
-                scores, wanted = scores[keep], wanted[keep]
-            rows.append(scores)
-            target.append(wanted)
-    q_lengths = [q1 - q0 for q0, q1, _, _ in bounds]
-    k_lengths = [k1 - k0 for _, _, k0, k1 in bounds]
+    counts = np.array([len(group.completions) for group in groups])
+    sizes = np.array([len(c) for group in groups for c in group.completions])
+    prompts = np.repeat([len(group.prompt) for group in groups], counts)
+    first = np.ones(len(sizes), np.bool_)  # of its group; or with a prompt of its own
+    if share:
+        first[:] = False
+        first[_offsets(counts)[:-1]] = True
+    q_sizes, k_sizes = sizes + prompts * first, sizes + prompts
+    cu_q, cu_k = _offsets(q_sizes), _offsets(k_sizes)
+    start = np.maximum.accumulate(np.where(first, cu_q[:-1], 0))  # of each one's prompt
+    own = cu_q[1:] - sizes  # of its own tokens
+
+    into_q, of_q = _within(q_sizes)
+    into_k, of_k = _within(k_sizes)
+    after = into_k - prompts[of_k]  # a key's place behind the prompt
+    into, of = _within(sizes)
+    rows = own[of] + into - 1
+    rows[into == 0] = (start + prompts - 1)[of[into == 0]]  # the last prompt row, for all of them
+    tokens = _tokens(groups, share)
+    target = tokens[own[of] + into]
+    if (keep := _scored(groups)) is not None:
+        rows, target, of = rows[keep], target[keep], of[keep]
     segments = Segments(
-        cu_q=torch.from_numpy(_offsets(q_lengths)).to(torch.int32),
-        cu_k=torch.from_numpy(_offsets(k_lengths)).to(torch.int32),
-        k_index=torch.from_numpy(np.concatenate(keys)),
-        max_q=max(q_lengths),
-        max_k=max(k_lengths),
-        bounds=tuple(bounds),
+        cu_q=torch.from_numpy(cu_q).to(torch.int32),
+        cu_k=torch.from_numpy(cu_k).to(torch.int32),
+        k_index=torch.from_numpy(np.where(after < 0, start[of_k] + into_k, own[of_k] + after)),
+        max_q=int(q_sizes.max()),
+        max_k=int(k_sizes.max()),
+        bounds=tuple(
+            zip(*(x.tolist() for x in (cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:])), strict=True)
+        ),
     )
     return Batch(
-        input_ids=torch.tensor(tokens, dtype=torch.int64),
-        position_ids=torch.from_numpy(np.concatenate(positions)),
+        input_ids=torch.from_numpy(tokens),
+        position_ids=torch.from_numpy(into_q + (prompts * ~first)[of_q]),
         segments=segments,
-        rows=torch.from_numpy(np.concatenate(rows)),
-        target=torch.from_numpy(np.concatenate(target)),
-        completions=torch.from_numpy(_offsets([len(x) for x in target])),
-        groups=torch.from_numpy(_offsets([len(group.completions) for group in groups])),
+        rows=torch.from_numpy(rows),
+        target=torch.from_numpy(target),
+        completions=torch.from_numpy(_offsets(np.bincount(of, minlength=len(sizes)))),
+        groups=torch.from_numpy(_offsets(counts)),
         extras=_pack_extras(groups),
     )
+
+
+def _within(sizes: Ints) -> tuple[Ints, Ints]:
+    """Of runs of these sizes, one after the other: each element's place in its run, and its run."""
+    of = np.repeat(np.arange(len(sizes)), sizes)
+    return np.arange(len(of)) - _offsets(sizes)[of], of
+
+
+def _tokens(groups: Sequence[Group], share: bool) -> Ints:
+    flat = array("i")
+    for group in groups:
+        for i, completion in enumerate(group.completions):
+            if not (share and i):
+                flat.extend(group.prompt)
+            flat.extend(completion)
+    return np.array(flat, np.int64)
+
+
+def _scored(groups: Sequence[Group]) -> NDArray[np.bool_] | None:
+    """Which tokens of all completions are; None where all are."""
+    if all(flags is None for group in groups for flags in group.scored):
+        return None
+    flags = [
+        np.ones(len(completion), np.bool_) if some is None else np.array(some, np.bool_)
+        for group in groups
+        for completion, some in zip(group.completions, group.scored, strict=True)
+    ]
+    return np.concatenate(flags)
 
 
 def split_groups(

@@ -8,8 +8,10 @@ that templates put after the stop token. Only assistant tokens are scored.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, TypeAlias, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -19,16 +21,22 @@ from fastpref.data.files import DataError
 from fastpref.data.formats import Example
 
 TruncationMode: TypeAlias = Literal["keep_start", "keep_end"]
+# examples that are encoded in one call
+_AT_ONCE = 4096
 # one of several kinds of character: whatever a completion starts with, one of them does not merge
 _ANCHORS = ("\n", "a", "1", ":")
+
+
+# array("i") where tokenize makes them: 4 bytes a token, where a list takes 36
+Tokens: TypeAlias = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """Token ids of one prompt and its completions; every sequence has at least one token."""
 
-    prompt: list[int]
-    completions: tuple[list[int], ...]
+    prompt: Tokens
+    completions: tuple[Tokens, ...]
     scored: tuple[list[bool] | None, ...]  # per completion: which tokens are scored; None = all
     row: int
     extras: dict[str, float | tuple[float, ...]]  # one per group, or one per completion
@@ -201,6 +209,14 @@ def _encode_chats(
     return _regroup(_encode(encoder, texts, sources, False), examples)
 
 
+def _in_turn(
+    examples: list[Example], encode: Callable[[list[Example]], list[list[_Ids]]]
+) -> Iterator[list[_Ids]]:
+    """What ``encode`` makes of some examples after the other, so that few lie there as lists."""
+    for start in range(0, len(examples), _AT_ONCE):
+        yield from encode(examples[start : start + _AT_ONCE])
+
+
 def _regroup(flat: list[_Ids], examples: list[Example]) -> list[list[_Ids]]:
     each = iter(flat)
     return [[next(each) for _ in e.completions] for e in examples]
@@ -265,6 +281,7 @@ def tokenize(
     encoder = _Encoder(tokenizer)
     bos = tokenizer.bos_token_id
 
+    @cache
     def template() -> ChatTemplate:
         if not tokenizer.chat_template:
             raise ValueError("need a tokenizer with a chat template for message lists, got none")
@@ -273,8 +290,9 @@ def tokenize(
 
     strings = [e for e in examples if isinstance(e.prompt, str)]
     chats = [e for e in examples if not isinstance(e.prompt, str)]
-    of_strings = iter(_encode_strings(encoder, strings, tokenizer.eos_token_id))
-    of_chats = iter(_encode_chats(encoder, chats, template))
+    end = tokenizer.eos_token_id
+    of_strings = _in_turn(strings, lambda part: _encode_strings(encoder, part, end))
+    of_chats = _in_turn(chats, lambda part: _encode_chats(encoder, part, template))
     names = ("truncated_prompts", "truncated_completions", "boundary_differs")
     counts = dict.fromkeys((*names, "dropped_identical", "dropped_empty"), 0)
     groups, first_apart = [], ""
@@ -299,8 +317,8 @@ def tokenize(
             counts["dropped_identical"] += 1
         else:
             scored = tuple(None if all(c.scored) else c.scored for c in completions)
-            ids = tuple(c.ids for c in completions)
-            groups.append(Group(prompt, ids, scored, e.row, {**e.extras}))
+            ids = tuple(array("i", c.ids) for c in completions)
+            groups.append(Group(array("i", prompt), ids, scored, e.row, {**e.extras}))
     if counts["boundary_differs"]:
         total = sum(len(e.completions) for e in examples)
         warnings.warn(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastpref.data.packing import pack, split_groups
-from fastpref.data.tokenize import Group
+from fastpref.data.tokenize import Group, Tokens
 from fastpref.logps import sequence_logp
 from fastpref.models.model import LogpModel
 from fastpref.rollout.generate import Completion, SamplingParams, generate
@@ -31,7 +31,7 @@ def standing(
     policy: LogpModel,
     reference: LogpModel,
     tokenizer: Any,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Tokens],
     reward: Callable[[str], float],
     *,
     n: int,

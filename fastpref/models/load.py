@@ -215,7 +215,7 @@ def _plain(model: LogpModel, group: Group) -> tuple[list[Tensor], list[Tensor]]:
     try:
         with model.plain() as plain:
             for completion in group.completions:
-                ids = torch.tensor([group.prompt + completion], device=plain.device)
+                ids = torch.tensor([[*group.prompt, *completion]], device=plain.device)
                 logits = plain(input_ids=ids, use_cache=False).logits[0]
                 logits = logits[len(group.prompt) - 1 : -1]
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

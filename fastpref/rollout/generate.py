@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from fastpref.data.chat import stop_token_ids
+from fastpref.data.tokenize import Tokens
 from fastpref.models.model import LogpModel
 
 
@@ -43,7 +44,7 @@ class Completion:
 def generate(
     model: LogpModel,
     tokenizer: Any,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Tokens],
     n: int,
     params: SamplingParams,
     *,
@@ -99,7 +100,7 @@ def drawing(model: LogpModel) -> Iterator[None]:
 
 def sample(
     model: LogpModel,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Tokens],
     stops: list[int],
     params: SamplingParams,
     device: torch.device,
@@ -107,7 +108,7 @@ def sample(
     """One batch, padded on the left: the new tokens of each row, padding included."""
     width = max(len(prompt) for prompt in prompts)
     pad = stops[0]
-    rows = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    rows = [[*[pad] * (width - len(prompt)), *prompt] for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     decoder: Any = model.model  # generate is a mixin that nn.Module's typing hides
     tokens = decoder.generate(

@@ -425,7 +425,7 @@ class Trainer:
             {
                 "step": step,
                 "row": group.row,
-                "prompt": self.tokenizer.decode(group.prompt),
+                "prompt": self.tokenizer.decode([*group.prompt]),
                 "completion": self.tokenizer.decode(one.tokens, skip_special_tokens=True),
             }
             for group, (one,) in zip(groups, sampled, strict=True)

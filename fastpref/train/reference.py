@@ -212,7 +212,10 @@ def hash_groups(groups: Sequence[Group], *, numbers: bool = False) -> str:
     """Hash of the tokens of every group, of which of them are scored, and of its own numbers."""
     digest = hashlib.sha256()
     for group in groups:
-        digest.update(repr((group.prompt, group.completions, group.scored)).encode())
+        for tokens in (group.prompt, *group.completions):
+            digest.update(len(tokens).to_bytes(8, "little"))
+            digest.update(np.array(tokens, "<i8").tobytes())
+        digest.update(repr(group.scored).encode())
         if numbers:
             given = sorted(item for item in group.extras.items() if item[0] != "ref_logp")
             digest.update(repr(given).encode())

@@ -1,5 +1,7 @@
 """Token ids of strings and chats: boundaries, EOS, scored tokens, truncation; golden ids."""
 
+import array
+import dataclasses
 import functools
 import os
 import pathlib
@@ -15,7 +17,8 @@ from fastpref.data.chat import stop_token_ids
 from fastpref.data.files import DataError
 from fastpref.data.formats import Example, load_examples, to_examples
 from fastpref.data.packing import pack
-from fastpref.data.tokenize import Group, tokenize
+from fastpref.data.tokenize import Group
+from fastpref.data.tokenize import tokenize as compact
 from fastpref.data.unpaired import add_mismatched
 
 # id: 0      1     2       3    4         5       6            7        8     9       10
@@ -32,6 +35,15 @@ def words(special, template=None, plain=(), **kwargs):
     backend.add_special_tokens(list(special))
     backend.add_tokens(list(plain))
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **kwargs)
+
+
+def tokenize(*args, **options):
+    """The groups with lists for arrays, which print and compare as one reads them."""
+    groups, counts = compact(*args, **options)
+    return [
+        dataclasses.replace(g, prompt=[*g.prompt], completions=tuple([*c] for c in g.completions))
+        for g in groups
+    ], counts
 
 
 def message(role, content):
@@ -533,3 +545,15 @@ def test_harmless():
     for e, g in zip(examples, groups, strict=True):
         assert tokenizer.decode(g.prompt[1:]) == e.prompt
         assert tuple(tokenizer.decode(ids[:-1]) for ids in g.completions) == e.completions
+
+
+def test_tokens_take_four_bytes(monkeypatch):
+    """And few examples lie there as lists at once: in turn is as all together."""
+    tokenizer = words(["<e>"], eos_token="<e>")
+    examples = [Example("Hi ", (w, "a"), i, f"data:{i}", {}) for i, w in enumerate(WORDS[4:15])]
+    together, counts = compact(examples, tokenizer)
+    one = together[0]
+    assert {type(tokens) for tokens in (one.prompt, *one.completions)} == {array.array}
+    assert one.prompt.itemsize == 4
+    monkeypatch.setattr("fastpref.data.tokenize._AT_ONCE", 3)
+    assert compact(examples, tokenizer) == (together, counts)

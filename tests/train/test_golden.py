@@ -18,7 +18,7 @@ CLOSE = {"rel": 5e-5, "abs": 5e-5}
 def token_ids(method, rows, tokenizer):
     kind = {"sft": "sft", "dpo": "preference"}[method]
     groups, _ = tokenize(to_examples(rows, kind)[0], tokenizer)
-    return [[g.prompt, *g.completions] for g in groups]
+    return [[[*ids] for ids in (g.prompt, *g.completions)] for g in groups]
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
