@@ -20,7 +20,8 @@ from bench.dpo_step import Run, Setup
 from bench.harness import times_ms
 from bench.measure import is_ours, reason_said
 from bench.pairs import grouped, long_pairs, pairs, texts_of
-from bench.step_cost import PEAK_FLOPS, Work, flop, padded_tokens, shared, unshared
+from bench.step_cost import flop, padded_tokens, tokens
+from fastpref.models.flops import peak_flops
 from fastpref.models.tiny import tiny_tokenizer
 
 # how far from ours: losses in nats, log-probs of completions as a share; bf16 logits round to 0.05
@@ -150,35 +151,36 @@ class Case(Setup):
     def row(self, name, seconds, end, apart, lengths):
         """Tokens and flop are those of the timed steps."""
         lengths = lengths[self.pairs * self.warm_up :]
-        original, needed = unshared(lengths), self.needed(name, lengths)
+        original = tokens(lengths, share=False)
         row = {
             "op": self.op,
             "provider": name,
             "case": str(self),
             **times_ms(seconds),
-            "tokens_per_second": original.tokens / sum(seconds),
-            "num_tokens": original.tokens,
+            "tokens_per_second": original / sum(seconds),
+            "num_tokens": original,
             "num_computed_tokens": self.computed(name, lengths),
             **end["memory"],
             **apart,
         }
-        frozen = self.lora is not None
-        work = flop(needed, self.sizes(), live_reference=not self.precomputed, frozen=frozen)
-        if self.device == "cuda":
-            row["mfu"] = work / sum(seconds) / PEAK_FLOPS
+        if self.device == "cuda" and (peak := peak_flops(torch.cuda.get_device_name())):
+            work = flop(
+                lengths,
+                self.sizes(),
+                share=is_ours(name),  # prompts once where they are computed once
+                live_reference=not self.precomputed,
+                frozen=self.lora is not None,
+            )
+            row["mfu"] = work / sum(seconds) / peak
         if is_ours(name) and self.prompt:
             largest = max(2 * p + c + r for p, c, r in lengths)
             row["logits_mib"] = 4 * self.vocab * largest / 2**20
         return row
 
-    def needed(self, name, lengths) -> Work:
-        """What the flop are counted of: prompts once where they are computed once."""
-        return shared(lengths) if is_ours(name) else unshared(lengths)
-
     def computed(self, name, lengths):
         """Tokens that pass the trunk, padding included."""
         if is_ours(name):
-            return shared(lengths).tokens
+            return tokens(lengths, share=True)
         return padded_tokens(lengths, self.micro_batch or self.pairs)
 
     def readings(self, rows):
@@ -237,8 +239,8 @@ def on_cpu():
     lengths = {"prompt": (400, 800), "completion": (40, 100)}
     providers = ("fastpref", *peers)
     yield Case(name="2x128", pairs=4, steps=7, providers=providers, **tiny, **lengths)
-    for tokens in (2048, 4096, 8192):  # its memory: what grows with tokens
-        lengths = {"prompt": (tokens, tokens), "completion": (32, 32)}
+    for size in (2048, 4096, 8192):  # its memory: what grows with tokens
+        lengths = {"prompt": (size, size), "completion": (32, 32)}
         options = {"pairs": 1, "steps": 3, "checkpointing": True, "providers": ("fastpref",)}
         yield Case(name="4x256", **options, **SMALL, **lengths)
 

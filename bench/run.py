@@ -23,7 +23,7 @@ from bench.table import markdown
 
 OPS = (
     *("dpo_step", "linear_logp", "logp_from_logits", "linear_kl"),
-    *("preference", "gae", "ppo_policy"),
+    *("preference", "gae", "ppo_policy", "packing"),
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TESTS = ROOT / "tests"
@@ -31,6 +31,7 @@ OTHERS = {
     "linear_logp": ("active_columns", "vocab_parallel", "cuda"),
     "logp_from_logits": ("cuda",),
     "linear_kl": ("cuda",),
+    "packing": ("micro_batches",),
     "gae": ("cuda", "ppo_peers"),
     "ppo_policy": ("cuda", "ppo_value", "ppo_peers"),
 }

@@ -1,46 +1,23 @@
 """Tokens and flop of training steps on pairs, from token counts (prompt, chosen, rejected).
 
-Flop count what a step needs, not what it does: 2 for a weight of the trunk and a token that passes
-it, 2 for a weight of the head and a scored token, and in attention 4 for a query that sees a key
-and an entry of a head, in each forward. Weights that are trained cost as much again for their
-gradient, and so do the inputs of all; attention costs twice its forward. Recomputation, padding,
-embeddings, norms, adapters and the optimizer are not counted.
+Flop count what a step needs, as fastpref.models.flops has it: neither recomputation nor padding.
 """
 
-from dataclasses import dataclass
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-PEAK_FLOPS = 989e12  # an H100's and an H200's, dense bf16
-
-
-@dataclass(frozen=True)
-class Work:
-    """``tokens`` pass the trunk, ``scored`` the head, ``visible`` counts queries times keys."""
-
-    tokens: int
-    scored: int
-    visible: int
+from fastpref.data.packing import num_tokens
+from fastpref.data.tokenize import Group
+from fastpref.models.flops import flops_of
 
 
-def triangle(n):
-    return n * (n + 1) // 2
+def groups_of(lengths):
+    return [Group(range(p), (range(c), range(r)), (None, None), 0, {}) for p, c, r in lengths]
 
 
-def shared(lengths):
-    """A prompt once for both of its completions."""
-    return Work(
-        sum(map(sum, lengths)),
-        sum(c + r for _, c, r in lengths),
-        sum(triangle(p) + c * p + triangle(c) + r * p + triangle(r) for p, c, r in lengths),
-    )
-
-
-def unshared(lengths):
-    """Each completion after a prompt of its own, without padding: the original pairs."""
-    return Work(
-        sum(2 * p + c + r for p, c, r in lengths),
-        sum(c + r for _, c, r in lengths),
-        sum(triangle(p + c) + triangle(p + r) for p, c, r in lengths),
-    )
+def tokens(lengths, *, share):
+    """That pass the trunk; ``share``: a prompt once for both of its completions."""
+    return sum(num_tokens(group, share=share) for group in groups_of(lengths))
 
 
 def padded_tokens(lengths, micro_batch):
@@ -49,18 +26,18 @@ def padded_tokens(lengths, micro_batch):
     return sum(2 * len(part) * max(p + max(c, r) for p, c, r in part) for part in parts)
 
 
-def flop(work, sizes, *, live_reference, frozen=False):
-    """Of training on the work.
+def flop(lengths, sizes, *, share, live_reference, frozen=False):
+    """Of training on the pairs.
 
     Args:
         sizes: a Llama's config by transformers' names.
+        share: whether a prompt is computed once for both of its completions.
         live_reference: whether a reference's forward belongs to the step.
         frozen: whether the weights have no gradients, as under adapters.
     """
-    hidden, layers, dim = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["head_dim"]
-    queries, keys = (dim * sizes[f"num_{name}_heads"] for name in ("attention", "key_value"))
-    layer = hidden * (2 * queries + 2 * keys + 3 * sizes["intermediate_size"])
-    products = 2 * (layers * layer * work.tokens + hidden * sizes["vocab_size"] * work.scored)
-    attention = 4 * layers * queries * work.visible
-    passes = (2 if frozen else 3) + live_reference
-    return passes * products + (3 + live_reference) * attention
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes)).requires_grad_(not frozen)
+    flops = flops_of(model.model, model.lm_head, model.config)
+    groups = groups_of(lengths)
+    steps = sum(flops.step(group, share=share) for group in groups)
+    return steps + live_reference * sum(flops.forward(group, share=share) for group in groups)

@@ -31,16 +31,10 @@ CASE = Case(
 PROMPTS = {"prompt": (30, 60), "completion": (5, 9)}
 
 
-def test_tokens_and_keys_by_hand():
+def test_tokens_by_hand():
     lengths = [(3, 2, 1), (1, 1, 4)]
-    assert step_cost.shared(lengths) == step_cost.Work(
-        tokens=6 + 6,
-        scored=3 + 5,
-        visible=(1 + 2 + 3) + (4 + 5) + 4 + 1 + 2 + (2 + 3 + 4 + 5),
-    )
-    assert step_cost.unshared(lengths) == step_cost.Work(
-        tokens=9 + 7, scored=8, visible=(15 + 10) + (3 + 15)
-    )
+    assert step_cost.tokens(lengths, share=True) == 6 + 6
+    assert step_cost.tokens(lengths, share=False) == 9 + 7
     assert step_cost.padded_tokens(lengths, 2) == 4 * 5
     assert step_cost.padded_tokens([(3, 2, 1), (1, 1, 1)], 1) == 2 * 5 + 2 * 2
 
@@ -51,21 +45,22 @@ def test_flop_by_hand():
         **{"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 7},
     }
     # query and output 4 x 4, key and value 4 x 2, three of the MLP 4 x 5; then the head 4 x 7
-    products = 2 * (2 * (2 * 16 + 2 * 8 + 3 * 20) * 10 + 28 * 3)
-    attention = 2 * (4 * 2 * 2) * 11  # q . k and p . v, of two heads of two entries, in two layers
-    work = step_cost.Work(tokens=10, scored=3, visible=11)
+    products = 2 * (2 * (2 * 16 + 2 * 8 + 3 * 20) * 6 + 28 * 3)
+    # q . k and p . v, of two heads of two entries, in two layers; 1 to 5 keys, then 4
+    attention = 2 * (4 * 2 * 2) * (15 + 4)
+    options = {"lengths": [(3, 2, 1)], "sizes": sizes, "share": True}
     for live in (False, True):
-        found = step_cost.flop(work, sizes, live_reference=live)
+        found = step_cost.flop(**options, live_reference=live)
         assert found == (3 + live) * (products + attention)
-        found = step_cost.flop(work, sizes, live_reference=live, frozen=True)
+        found = step_cost.flop(**options, live_reference=live, frozen=True)
         assert found == (2 + live) * products + (3 + live) * attention
 
 
 def test_flop_near_six_for_each_weight_and_token():
     case = next(case for case in on_cuda(200 << 30) if case.name == "8B")
-    work = step_cost.Work(tokens=1000, scored=1000, visible=0)
-    found = step_cost.flop(work, case.sizes(), live_reference=False)
-    assert found == pytest.approx(6 * 7.5e9 * 1000, rel=0.01)  # 8.03e9 less the embedding
+    lengths = [(1, 500, 500)]  # attention adds little at this length
+    found = step_cost.flop(lengths, case.sizes(), share=True, live_reference=False)
+    assert found == pytest.approx(6 * 7.5e9 * 1000, rel=0.03)  # 8.03e9 less the embedding
 
 
 def per_sequence(query, key, value, offsets, longest, scale):
@@ -225,14 +220,15 @@ def test_tokens_and_utilisation_are_those_of_the_timed_steps(runs, monkeypatch):
     told |= {"fastpref": log(case), "trl": log(case)}
     lengths = [(9, 9, 9)] * 4 + [(3, 2, 1), (1, 1, 4)]
     monkeypatch.setattr(Case, "prepare", lambda self, folder: ("made", lengths))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(bench_dpo_step, "times_ms", lambda seconds: {"ms_p50": 1e3 * seconds[0]})
     rows, said = rows_of(case)
     assert not said and calls == 3 * ["fastpref"] + 3 * ["trl"]  # one at a time on a GPU
     ours, theirs = rows["fastpref"], rows["trl"]
     assert (ours["num_tokens"], ours["num_computed_tokens"]) == (16, 12)
     assert (theirs["num_tokens"], theirs["num_computed_tokens"]) == (16, 20)
-    for row, work in ((ours, step_cost.shared), (theirs, step_cost.unshared)):
-        need = step_cost.flop(work(lengths[4:]), case.sizes(), live_reference=True)
+    for row, share in ((ours, True), (theirs, False)):
+        need = step_cost.flop(lengths[4:], case.sizes(), share=share, live_reference=True)
         seconds = row["ms_p50"] / 1e3
         assert row["mfu"] == pytest.approx(need / seconds / 989e12)
         assert row["tokens_per_second"] == pytest.approx(16 / seconds)

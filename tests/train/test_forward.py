@@ -1,5 +1,6 @@
 """Every loss as a step: what a token budget, a second rank or a resume may not change."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -24,6 +25,8 @@ from fastpref.models.tiny import tiny_model
 from fastpref.train.engine import TorchEngine
 from fastpref.train.feed import Feed
 from fastpref.train.forward import Forward
+from fastpref.train.metrics import MetricSums
+from fastpref.train.optimizer import OptimizerSpec
 from fastpref.train.preference_config import DPOConfig, KTOConfig
 from fastpref.train.run import kto_method, preference_method
 
@@ -367,3 +370,52 @@ def test_a_split_step_scores_its_reference_once(new_model, tokenizer, pairs, mon
     monkeypatch.setattr(type(forward.reference), "forward", spy)
     take_step(forward, groups_of(method, pairs[:8], tokenizer), SPLIT)
     assert calls.count(True) == len(SPLIT) and calls.count(False) == 2 * len(SPLIT)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "simpo", "tdpo", "kto", "plackett_luce"])
+def test_no_micro_step_asks_for_a_value(name, pairs, tokenizer, monkeypatch):
+    """Tensors without data: whatever would wait for a device to know a number raises."""
+    method = method_of(name)
+    groups = groups_of(method, rows_of(method.kind, pairs[:8]), tokenizer)
+    feed = Feed(method, torch.device("cpu"))
+    parts = [feed.make(groups[:2]), feed.make(groups[2:])]
+    known = method.known(groups)
+    forward = build(method, tiny_model(tokenizer, hidden=32, layers=2))
+    forward.engine.device = torch.device("meta")
+    for model in filter(None, (forward.engine.model, forward.reference)):
+        model.to("meta")
+    monkeypatch.setattr(forward.engine, "autocast", contextlib.nullcontext)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    sums = MetricSums()
+    for part in forward.step(parts, known, 6.0):
+        part.loss.backward()
+        sums.add(part.metrics)
+    assert forward.engine.model.model.get_input_embeddings().weight.grad.is_meta
+    with pytest.raises(RuntimeError, match="meta"):  # as it would have in the step
+        part.value.item()
+
+
+@pytest.mark.gpu
+def test_no_micro_step_waits_for_a_gpu(pairs, tokenizer):
+    """bf16 weights with fp32 masters, a live reference, torch's varlen attention."""
+    method = method_of("sigmoid")
+    groups = groups_of(method, rows_of(method.kind, pairs[:8]), tokenizer)
+    model = tiny_model(tokenizer, hidden=128, layers=2).bfloat16()
+    policy = LogpModel(model.cuda())
+    engine = TorchEngine(policy, torch.device("cuda"))
+    engine.prepare(OptimizerSpec(learning_rate=1e-3, total_steps=9))
+    forward = Forward(engine, method, policy.frozen_copy())
+    feed = Feed(method, engine.device)
+    parts = [feed.make(groups[:2]), feed.make(groups[2:])]
+    sums = MetricSums()
+    for mode in ("default", "error"):  # kernels are compiled in the first
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for part in forward.step(parts, method.known(groups), 6.0):
+                engine.backward(part.loss, 6.0, last=False)
+                sums.add(part.metrics)
+                value = part.value
+            engine.step(value)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert policy.attention(engine.device).name == "varlen"
