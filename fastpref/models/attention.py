@@ -5,6 +5,7 @@ Letters: T tokens, Tk gathered keys, Hq query heads, Hk key heads, D head size.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -56,6 +57,13 @@ def _check_arguments(
         )
 
 
+def _lowered(x: Tensor) -> Tensor:
+    # under autocast rotations and norms of heads come in fp32, products in the lower dtype
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -83,7 +91,7 @@ def attention(
     _check_arguments(module, attention_mask, others)
     if len(query) != 1:
         raise ModelError(f"need one packed row of tokens, got a batch of {len(query)}")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (_lowered(x[0].transpose(0, 1)) for x in (query, key, value))
     if len(segments.k_index) != len(k):  # equal: no prompt is shared, keys are in place
         k = gather_rows(k.contiguous(), segments.k_index)
         v = gather_rows(v.contiguous(), segments.k_index)

@@ -25,6 +25,12 @@ class Micro(NamedTuple):
     """The part of it that a gradient reaches."""
 
 
+def _enter(device: torch.device) -> None:
+    # a thread that pins takes memory on its device, and the first is another rank's
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 class Feed:
     """One thread that packs, in the order in which it is asked.
 
@@ -47,7 +53,7 @@ class Feed:
         self.share = share
         self.pins = device.type == "cuda"
         self.filler = filler
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
+        self.thread = ThreadPoolExecutor(1, "packing", _enter, (device,))
 
     def make(self, groups: Groups) -> Micro:
         filled = groups or [self.filler] if self.filler else groups

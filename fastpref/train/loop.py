@@ -80,10 +80,7 @@ class Trainer:
         coef = router_coefficient(policy.model, config.router_aux_loss_coef)
         self.forward = Forward(self.engine, self.method, router_coef=coef)
         self.flops = policy.flops()
-        filler = min(self.train_groups, key=num_tokens)
-        self.feed = Feed(
-            self.method, self.engine.device, share=policy.shares_prompts, filler=filler
-        )
+        self.feed = Feed(self.method, self.engine.device, share=policy.shares_prompts)
         self.coming: dict[int, Future[Work]] = {}
         """Steps that are asked for already."""
         self.throughput = Throughput(self.engine)
@@ -181,6 +178,7 @@ class Trainer:
             own = resume is not None and resume.resolve().parent == self.run.resolve()
             file.keep(self.state.lines.get(file.path.name, 0) if own else 0)
         self.check_room()
+        self.feed.filler = min(self.train_groups, key=num_tokens)
         total = self.plan.total_steps
         self.display.start(self.state.step)
         try:

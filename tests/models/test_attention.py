@@ -164,6 +164,25 @@ def test_models_are_the_same_with_every_kernel(tiny, groups, monkeypatch, archit
         torch.testing.assert_close(got_grads[name], gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+def test_kernels_get_one_dtype_under_autocast(tiny, groups, monkeypatch, architecture):
+    """Over fp32 weights rotations and norms of heads leave fp32 queries beside bf16 values."""
+    seen = []
+
+    def backend(query, key, value, segments, **options):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return sdpa_per_segment(query, key, value, segments, **options)
+
+    choice = Choice("varlen", backend, "")
+    monkeypatch.setattr("fastpref.models.model.choose", lambda *_: choice)
+    model = LogpModel(tiny(architecture))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.hidden(pack(groups(2, 3)))
+    assert seen == [{torch.bfloat16}] * 2
+    model.hidden(pack(groups(2, 3)))
+    assert seen[2:] == [{torch.float32}] * 2
+
+
 def needs(**changed):
     plain = Needs("Tiny", torch.device("cuda"), torch.bfloat16, 64, 64, None, None)
     return plain._replace(**changed)

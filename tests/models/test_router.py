@@ -102,7 +102,7 @@ def test_gradient_checkpointing(tiny, groups, architecture):
     for checkpointing in (False, True):
         model = LogpModel(tiny(architecture, **dict(ROUTED)[architecture]))
         if checkpointing:
-            model.model.gradient_checkpointing_enable()
+            model.checkpoint_layers()
         model.train()
         load = load_of(model, groups(2, 3))
         seen.append((load.chosen, gradients(model, own_loss(load))))

@@ -241,6 +241,7 @@ def test_resume_is_bit_identical(tmp_path, tokenizer, new_model, pairs, precompu
         "save_steps": 2,
         "logging_steps": log,
         "precompute_ref_log_probs": precompute,
+        "max_tokens_per_micro_batch": 300 if log == 3 else None,
         "eval_steps": 3,
         "eval_on_start": True,
         "lr_scheduler_type": "cosine",
