@@ -83,7 +83,10 @@ def test_logps_loss_and_gradients(tiny, groups, architecture, counts, tie, dtype
         pytest.skip("transformers' own padded rows are NaN")
     batch = groups(*counts, partial=counts == (1, 2, 4))
     window = {} if counts != (1, 2, 4) else {"sliding_window": 4}
-    assert_equals_padded(tiny(architecture, tie=tie, **window).to(dtype), batch)
+    plain = tiny(architecture, tie=tie, **window).to(dtype)
+    if architecture == "gemma2":  # transformers 5.17 lets SDPA drop the cap
+        plain.set_attn_implementation("eager")
+    assert_equals_padded(plain, batch)
 
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -64,7 +64,10 @@ def test_is_the_models_own(tiny, groups, architecture, options):
     model = LogpModel(copy.deepcopy(plain))
     (group,) = groups(1)
     ids = torch.tensor([group.prompt + group.completions[0]])
-    theirs = plain(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss
+    out = plain(input_ids=ids, output_router_logits=True, use_cache=False)
+    if not out.router_logits:
+        pytest.skip("this release of transformers returns none of this model")
+    theirs = out.aux_loss
     ours = own_loss(load_of(model, [group]))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     want, got = gradients(plain, theirs), gradients(model.model, ours)
