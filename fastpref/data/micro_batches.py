@@ -45,7 +45,7 @@ def micro_batches(
     # the largest first: what is small finds room anywhere
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], -costs[i], i))
     while (bins := _fill(order, sizes, costs, steps * ranks, max_size, max_groups)) is None:
-        steps += max(1, steps // 64)
+        steps = min(steps + max(1, steps // 64), math.ceil(len(sizes) / ranks))
     bins.sort(key=lambda members: (-sum(costs[i] for i in members), members))
     return [[bins[step * ranks + rank] for step in range(steps)] for rank in range(ranks)]
 

@@ -75,6 +75,16 @@ def num_tokens(group: Group, *, share: bool = True) -> int:
     return prompts * len(group.prompt) + sum(map(len, group.completions))
 
 
+def row_tokens(group: Group) -> int:
+    """Tokens that a group costs as rows of one completion each, padded to its longest."""
+    return len(group.completions) * longest(group)
+
+
+def longest(group: Group) -> int:
+    """Tokens of the prompt and the longest completion."""
+    return len(group.prompt) + max(map(len, group.completions))
+
+
 def _check(group: Group) -> None:
     if not group.prompt or not group.completions or not all(group.completions):
         raise ValueError(
@@ -217,13 +227,19 @@ def _scored(groups: Sequence[Group]) -> NDArray[np.bool_] | None:
 
 
 def split_groups(
-    groups: Sequence[Group], *, max_groups: int | None = None, max_tokens: int | None = None
+    groups: Sequence[Group],
+    *,
+    max_groups: int | None = None,
+    max_tokens: int | None = None,
+    share: bool = True,
 ) -> list[list[Group]]:
     """Cut groups into micro-batches: order kept, no group split, each as full as the limits let it.
 
     Args:
         max_groups: most groups in a micro-batch; None for no limit.
-        max_tokens: most packed tokens (num_tokens) in a micro-batch; None for no limit.
+        max_tokens: most tokens in a micro-batch; None for no limit.
+        share: whether that is of one packed row (num_tokens), or of a row per completion, all of
+            them padded to the longest.
 
     Raises:
         ValueError: a limit below one, or a single group larger than max_tokens.
@@ -232,19 +248,19 @@ def split_groups(
         if limit is not None and limit < 1:
             raise ValueError(f"need {name} of at least 1 or None, got {limit}")
     out: list[list[Group]] = []
-    room_groups = room_tokens = 0.0
+    rows = tokens = width = 0
     for group in groups:
-        size = num_tokens(group)
+        size = num_tokens(group) if share else row_tokens(group)
         if max_tokens is not None and size > max_tokens:
             raise ValueError(
                 f"row {group.row}: need a group of at most max_tokens={max_tokens} tokens, got"
                 f" {size}: raise the limit or lower max_length"
             )
-        if not out or room_groups < 1 or room_tokens < size:
+        rows, width = rows + len(group.completions), max(width, longest(group))
+        tokens = tokens + size if share else rows * width
+        full = bool(out) and max_groups is not None and len(out[-1]) >= max_groups
+        if not out or full or (max_tokens is not None and tokens > max_tokens):
             out.append([])
-            room_groups = float("inf") if max_groups is None else max_groups
-            room_tokens = float("inf") if max_tokens is None else max_tokens
+            rows, width, tokens = len(group.completions), longest(group), size
         out[-1].append(group)
-        room_groups -= 1
-        room_tokens -= size
     return out

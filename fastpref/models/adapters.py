@@ -71,7 +71,10 @@ def add_adapters(
     try:
         made = import_peft().get_peft_model(model, lora_config(lora), revision=revision)
     except (TypeError, ValueError) as error:
-        raise ModelError(f"need lora entries that fit {type(model).__name__}: {error}") from error
+        raise ModelError(
+            f"need lora entries that fit {type(model).__name__}: {error}; target_modules may be"
+            f" all-linear, or some of {', '.join(_linear_names(model))}"
+        ) from error
     _check_head(model, names[head], "the head")
     if tied:
         _check_head(model, names[embeddings], "the embeddings, whose weight is the head's")
@@ -100,6 +103,12 @@ def _check_head(model: nn.Module, name: str, what: str) -> None:
     )
 
 
+def _linear_names(model: nn.Module) -> list[str]:
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = sorted({n.split(".base_layer")[0].split(".")[-1] for n in linear})
+    return [n for n in names if not n.startswith(("lora_", "default"))]
+
+
 def _check_matches(model: nn.Module, lora: Mapping[str, Any]) -> None:
     # peft is content with one that matches
     adapted = _adapted(model)
@@ -107,12 +116,9 @@ def _check_matches(model: nn.Module, lora: Mapping[str, Any]) -> None:
         wanted = lora.get(key) or ()
         for name in () if isinstance(wanted, str) else wanted:
             if not any(f".{found}".endswith(f".{name}") for found in adapted):
-                linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-                have = sorted({n.split(".base_layer")[0].split(".")[-1] for n in linear})
-                have = [n for n in have if not n.startswith(("lora_", "default"))]
                 raise ModelError(
                     f"need layers of the model in lora's {key}, got {name!r}; linear layers"
-                    f" here: {', '.join(have)}"
+                    f" here: {', '.join(_linear_names(model))}"
                 )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in lora.get(key) or ():

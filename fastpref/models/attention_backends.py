@@ -61,9 +61,6 @@ class Choice(NamedTuple):
         return self.name + (f" ({self.why})" if self.why else "")
 
 
-# --- SDPA, segment by segment
-
-
 def _visible(
     queries: range, keys: range, offset: int, window: int | None, device: torch.device
 ) -> Tensor:
@@ -155,12 +152,9 @@ def _sdpa_per_segment(
 sdpa_per_segment: Backend = cast(Any, torch.compiler.disable)(_sdpa_per_segment)
 
 
-# --- kernels that take segments of any lengths in one launch
-
-
-def _window_sizes(window: int | None) -> tuple[int, int]:
-    # keys to the left of a query's own, and to the right of it
-    return (-1 if window is None else window - 1, 0)
+def _window_sizes(window: int | None, segments: Segments) -> tuple[int, int]:
+    # keys to the left of a query's own, and to the right; -1 for all, which kernels do faster
+    return (-1 if window is None or window >= segments.max_k else window - 1, 0)
 
 
 def _flash(varlen: Callable[..., Any]) -> Backend:
@@ -178,8 +172,8 @@ def _flash(varlen: Callable[..., Any]) -> Backend:
         softcap: float | None,
     ) -> Tensor:
         options: dict[str, Any] = {}
-        if window is not None:
-            options["window_size"] = _window_sizes(window)
+        if window is not None and window < segments.max_k:
+            options["window_size"] = _window_sizes(window, segments)
         if softcap is not None:
             options["softcap"] = softcap
         if "deterministic" in known:
@@ -231,15 +225,12 @@ def _torch_varlen(varlen: Callable[..., Any]) -> Backend:
             segments.max_q,
             segments.max_k,
             scale=scaling,
-            window_size=_window_sizes(window),
+            window_size=_window_sizes(window, segments),
             **options,
         )
         return out
 
     return attend
-
-
-# --- the choice
 
 
 @dataclass(frozen=True)

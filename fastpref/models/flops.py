@@ -18,12 +18,13 @@ _PEAKS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
+    "H200 NVL": 835,
     "H200": 989,
     "A100": 312,
     "B200": 2250,
     "L40S": 362,
 }
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _visible(start: int, stop: int, window: int | None) -> int:
 
 def flops_of(trunk: nn.Module, head: nn.Linear, config: Any) -> Flops:
     """Counted off a model's weights."""
-    experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), None)
+    experts = next((n for name in EXPERTS if (n := getattr(config, name, None))), None)
     routed = getattr(config, "num_experts_per_tok", None)
     share = routed / experts if routed and experts else 1.0
     token = trained = 0.0
@@ -104,8 +105,7 @@ def flops_of(trunk: nn.Module, head: nn.Linear, config: Any) -> Flops:
     target = 2.0 * head.in_features * head.out_features
     layers, windowed = _attention_layers(config)
     heads = getattr(config, "num_attention_heads", None) or 0
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    each = 2 * 2.0 * heads * size  # scores and values
+    each = 2.0 * heads * sum(head_sizes(config)) if heads else 0.0  # scores and values
     return Flops(
         token,
         target,
@@ -132,14 +132,24 @@ def _weights(trunk: nn.Module) -> Iterator[tuple[str, int, bool]]:
             yield name, p.numel(), p.requires_grad
 
 
+def head_sizes(config: Any) -> tuple[int, int]:
+    """(of a key, of a value), entries of one head."""
+    compressed = getattr(config, "qk_nope_head_dim", None)  # latent attention: keys of two parts
+    if compressed is not None:
+        return compressed + config.qk_rope_head_dim, config.v_head_dim
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size, size
+
+
 def _attention_layers(config: Any) -> tuple[int, int]:
     """(layers of attention, those of them with a window)."""
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
-        windowed = getattr(config, "sliding_window", None) is not None
-        return config.num_hidden_layers, config.num_hidden_layers if windowed else 0
-    windowed = kinds.count("sliding_attention")
-    return windowed + kinds.count("full_attention"), windowed
+        layers = config.num_hidden_layers
+        return layers, 0 if getattr(config, "sliding_window", None) is None else layers
+    windowed = sum(kind in ("sliding_attention", "hybrid_sliding") for kind in kinds)
+    full = sum(kind in ("full_attention", "attention", "hybrid") for kind in kinds)
+    return windowed + full, windowed
 
 
 def peak_flops(device_name: str) -> float | None:

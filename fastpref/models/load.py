@@ -22,6 +22,7 @@ from fastpref.data.packing import pack
 from fastpref.data.tokenize import Group
 from fastpref.models.adapters import has_adapters
 from fastpref.models.attention import ModelError
+from fastpref.models.flops import EXPERTS
 from fastpref.models.model import LogpModel, head_of
 from fastpref.models.quantize import Quantization, in_int8, is_quantized, prepare_quantized
 
@@ -287,8 +288,7 @@ def unchanged(model: LogpModel, group: Group, what: str) -> Iterator[None]:
 
 def _has_experts(model: LogpModel) -> bool:
     # another token changes how many rows each expert multiplies, and so the order of its sums
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return any(getattr(model.model.config, name, None) for name in names)
+    return any(getattr(model.model.config, name, None) for name in EXPERTS)
 
 
 def _cut(group: Group) -> Group:
@@ -319,6 +319,9 @@ def check_agreement(model: LogpModel, group: Group) -> None:
     """
     group = _cut(group)
     dtype = next(model.parameters()).dtype
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     limits = _TOLERANCE[torch.bfloat16 if in_int8(model.model) else dtype]
     who = f"{type(model.model).__name__} in {str(dtype).removeprefix('torch.')}"
     refusal = f"need packed log-probs equal to those of the plain model, got from {who}"

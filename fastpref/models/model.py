@@ -19,7 +19,7 @@ from fastpref.data.packing import Batch
 from fastpref.kernels.logp_from_logits import TokenStats
 from fastpref.models.attention import NAME, ModelError
 from fastpref.models.attention_backends import Choice, Needs, choose, sdpa_per_segment
-from fastpref.models.flops import Flops, flops_of
+from fastpref.models.flops import Flops, flops_of, head_sizes
 from fastpref.models.head import LogpHead, logit_scale, logit_softcap
 from fastpref.models.offload import on_host
 from fastpref.models.recurrent import recurrence, to_rows
@@ -89,16 +89,13 @@ def _plain_attention(model: PreTrainedModel) -> str:
 
 def _needs(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Needs:
     config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    compressed = getattr(config, "qk_nope_head_dim", None)  # latent attention: keys of two parts
-    if compressed is not None:
-        size = compressed + config.qk_rope_head_dim
+    key_size, value_size = head_sizes(config)
     return Needs(
         type(model).__name__,
         device,
         dtype,
-        head_size=size,
-        value_size=size if compressed is None else config.v_head_dim,
+        head_size=key_size,
+        value_size=value_size,
         window=getattr(config, "sliding_window", None),
         softcap=getattr(config, "attn_logit_softcapping", None),
     )
@@ -154,6 +151,8 @@ class LogpModel(nn.Module):
     """
 
     model: PreTrainedModel
+    compiles = False
+    """Whether layers are compiled."""
     offload_activations = False
     """Whether what the trunk saves for the backward waits in host memory."""
 
@@ -177,7 +176,7 @@ class LogpModel(nn.Module):
             log.warning("dropout is off: %d rates of %s set to 0", off, type(model).__name__)
         self._plain_attention = _plain_attention(model)
         self.attn_implementation = attn_implementation
-        self._choices: dict[tuple[torch.device, torch.dtype], Choice] = {}
+        self._choices: dict[tuple[str, torch.dtype], Choice] = {}
         self.model = model
         self.router_loads: list[RouterLoad] | None = None  # see recorded_load
         reason = recurrence(model)
@@ -220,21 +219,22 @@ class LogpModel(nn.Module):
         dtype = self.model.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        if (device, dtype) not in self._choices:
+        key = device.type, dtype
+        if key not in self._choices:
             try:
                 needs = _needs(self.model, device, dtype)
-                self._choices[device, dtype] = choose(needs, self.attn_implementation)
+                self._choices[key] = choose(needs, self.attn_implementation)
             except ValueError as error:
                 raise ModelError(str(error)) from error
-        return self._choices[device, dtype]
+        return self._choices[key]
 
     def _own_attention(self) -> Choice:
         # of rows of one completion each, which need no segments
         own, asked = self._plain_attention, self.attn_implementation
-        if asked not in (None, own):
+        if asked is not None:
             raise ModelError(
-                f"need attn_implementation {own} or none for {type(self.model).__name__}, whose"
-                f" completions cannot share a row, got {asked}"
+                f"need {type(self.model).__name__} without an attn_implementation, since its"
+                f" completions cannot share a row, got {asked}: leave the key out"
             )
         return Choice(own, sdpa_per_segment, "transformers' own, a completion a row")
 
@@ -244,16 +244,12 @@ class LogpModel(nn.Module):
             return self._hidden_of_rows(batch)
         if self.model.config._attn_implementation != NAME:  # else the segments go unread
             raise ModelError("need a LogpModel outside plain(), got a call inside it")
-        # the trunk alone: what the head keeps of its slabs stays
-        with on_host(self.model) if self.offload_activations else nullcontext():
-            out = trunk_of(self.model)(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                segments=batch.segments,
-                backend=self.attention(batch.input_ids.device).backend,
-                **self._asked(),
-            )
+        out = self._trunk(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            segments=batch.segments,
+            backend=self.attention(batch.input_ids.device).backend,
+        )
         self._record(out)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -261,10 +257,15 @@ class LogpModel(nn.Module):
     def _hidden_of_rows(self, batch: Batch) -> Tensor:
         # right-padded rows without a mask: causal layers see nothing of what comes after
         ids, index = to_rows(batch)
-        out = trunk_of(self.model)(input_ids=ids, use_cache=False, **self._asked())
+        out = self._trunk(input_ids=ids)
         self._record(out, index)
         hidden: Tensor = out.last_hidden_state.flatten(0, 1)
         return hidden.index_select(0, index)
+
+    def _trunk(self, **inputs: Any) -> Any:
+        # the trunk alone: what the head keeps of its slabs stays
+        with on_host(self.model) if self.offload_activations else nullcontext():
+            return trunk_of(self.model)(**inputs, use_cache=False, **self._asked())
 
     def _asked(self) -> dict[str, bool]:
         return {} if self.router_loads is None else {"output_router_logits": True}
@@ -318,32 +319,37 @@ class LogpModel(nn.Module):
         kl = head.kl(hidden, ref_hidden, ref_head, rows=batch.rows)
         return self._stats(hidden, batch, outputs=outputs), ref_logp, kl
 
-    def compile_layers(self) -> None:
-        """Have torch.compile fuse what stands between the products of each layer.
+    def compile_layers(self, on: bool = True) -> None:
+        """Have torch.compile fuse what stands between the products of each layer, or no longer.
 
         Layers share their code, and lengths are no part of it: one compilation serves all layers
         and all batches.
         """
-        # modes of autograd, kinds of layers, and the reference have code of their own; at the limit
-        # torch would go on without compiled code
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for layer in self.layers():
-            layer.compile(dynamic=True)
+        self.compiles = on
+        for layer in self.layers(needed=on):
+            layer._compiled_call_impl = None
+            if on:
+                layer.compile(dynamic=True)
+        if on:
+            # modes of autograd, kinds of layers, and the reference have code of their own; at the
+            # limit torch would go on without compiled code
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
-    def checkpoint_layers(self) -> None:
-        """Keep each layer's input alone, and compute the rest again in the backward.
+    def checkpoint_layers(self, on: bool = True) -> None:
+        """Keep each layer's input alone, and compute the rest again in the backward; or no longer.
 
         Not transformers' switch: that one is closed to torch.compile.
         """
-        for layer in self.layers():
-            if not isinstance(layer.forward, _Recomputed):  # by a run before this one
-                layer.forward = _Recomputed(layer.forward)
+        for layer in self.layers(needed=on):
+            forward: Any = layer.forward
+            if on != isinstance(forward, _Recomputed):
+                layer.forward = _Recomputed(forward) if on else forward.forward
 
-    def layers(self) -> list[GradientCheckpointingLayer]:
-        """The layers of the trunk; ModelError where transformers knows none."""
+    def layers(self, *, needed: bool = True) -> list[GradientCheckpointingLayer]:
+        """The layers of the trunk; ModelError where they are needed and transformers knows none."""
         modules: list[nn.Module] = [*self.model.modules()]
         found = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
-        if not found:
+        if needed and not found:
             raise ModelError(f"need a model made of layers, got {type(self.model).__name__}")
         return found
 
@@ -356,11 +362,14 @@ class LogpModel(nn.Module):
         """Inside, self.model is an ordinary CausalLM with the attention it was loaded with:
         generate() and model(...) work; calling the LogpModel does not.
         """
-        if not self.shares_prompts:  # it has no other
-            yield self.model
-            return
-        self._set_attention(self._plain_attention)
-        try:
-            yield self.model
-        finally:
-            self._set_attention(NAME)
+        # a cache binds compiled code to the number of its layer
+        eager = torch.compiler.set_stance("force_eager") if self.compiles else nullcontext()
+        with eager:
+            if not self.shares_prompts:  # it has no other attention
+                yield self.model
+                return
+            self._set_attention(self._plain_attention)
+            try:
+                yield self.model
+            finally:
+                self._set_attention(NAME)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fastpref.models.adapters import add_adapters, has_adapters
+from fastpref.models.attention_backends import sdpa_per_segment
 from fastpref.models.liger import liger_functions
 from fastpref.models.load import load_model
 from fastpref.models.model import LogpModel
@@ -15,6 +16,12 @@ from fastpref.train.engine import TorchEngine
 from fastpref.train.lora_config import quantization
 from fastpref.train.optimizer import check_dtypes, check_optim
 
+# key -> keys that say more about what it switches on
+SWITCHES = {
+    "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+    "use_liger_kernel": ("liger_kernel_config",),
+}
+
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Refuse what the device, or what is installed, cannot do."""
@@ -24,6 +31,10 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
             raise ConfigError(f"need a CUDA device for {key}, got {device.type}")
     if config.use_liger_kernel:
         liger_functions()
+    for switch, keys in SWITCHES.items():
+        told = [key for key in keys if getattr(config, key) != getattr(TrainConfig, key)]
+        if told and not getattr(config, switch):
+            tell(f"{switch} is off, so there is no effect of {', '.join(told)}")
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -81,7 +92,8 @@ def build_engine(config: TrainConfig, model: Any) -> TorchEngine:
     with engine.autocast():
         attention = policy.attention(device)
     tell(f"attention: {attention}")
-    if attention.name == "sdpa" and config.torch_compile and config.gradient_checkpointing:
+    segmented = attention.backend is sdpa_per_segment and policy.shares_prompts
+    if segmented and config.torch_compile and config.gradient_checkpointing:
         raise ConfigError(
             "need gradient_checkpointing off for torch_compile where attention is sdpa, got both: "
             "layers that are computed again can be compiled around one attention kernel only"

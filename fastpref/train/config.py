@@ -16,7 +16,7 @@ from fastpref.losses.pairs import OPTIONS
 from fastpref.train.peer_keys import ALIASES, INERT, LORA_KEYS, UNSUPPORTED, WORDS
 
 Strategy = Literal["no", "steps", "epoch"]
-Attention = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "sdpa"]
+ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "sdpa")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 OPTIMS = ("adamw_torch_fused", "adamw_torch", *BITSANDBYTES)
@@ -123,8 +123,7 @@ class TrainConfig:
     torch_compile: bool = False
     """Compile the layers of policy and reference: slower first steps, then faster ones."""
     activation_offloading: bool = False
-    """Keep what the backward needs of the trunk in pinned host memory, on CUDA: with
-    gradient_checkpointing each layer's input."""
+    """Keep the layers' inputs of gradient_checkpointing in pinned host memory, on CUDA."""
     use_liger_kernel: bool = False
     """Norm, rope and mlp kernels of liger-kernel, on CUDA; never its loss."""
     liger_kernel_config: dict[str, Any] | None = None
@@ -132,8 +131,9 @@ class TrainConfig:
     rms_norm, swiglu; None: all."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
-    attn_implementation: Attention | None = None
-    """Attention kernels; None: the fastest that can run the model, which a line says."""
+    attn_implementation: str | None = None
+    """flash_attention_2, flash_attention_3, flash_attention_4, varlen (torch's) or sdpa; None: the
+    fastest that can run the model, which a line says."""
     router_aux_loss_coef: float | None = None
     """Factor of the load-balancing loss of a mixture of experts; None: what the model's config
     declares; 0 for none."""
@@ -215,6 +215,15 @@ class TrainConfig:
         self.check_adapters()
         if self.dtype not in ("auto", "float32", "bfloat16"):  # float16 needs a loss scaler
             raise ConfigError(f"need dtype: auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ConfigError(
+                "need gradient_checkpointing for activation_offloading, got it off: what is kept "
+                "of whole layers, autocast's copies of weights among it, is too much to move"
+            )
+        if self.attn_implementation not in (None, *ATTENTION):
+            raise ConfigError(
+                unknown("attn_implementation", str(self.attn_implementation), ATTENTION)
+            )
         if self.optim not in OPTIMS:
             raise ConfigError(unknown("optim", self.optim, OPTIMS))
         tracker_names(self.report_to)

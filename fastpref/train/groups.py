@@ -1,13 +1,13 @@
 """The groups of a run: rows or files, tokenised."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastpref.data.files import DataError
 from fastpref.data.formats import Example, load_examples, to_examples
-from fastpref.data.packing import split_groups
+from fastpref.data.packing import num_tokens, row_tokens
 from fastpref.data.tokenize import Group, tokenize
 from fastpref.data.unpaired import add_mismatched
 from fastpref.methods.base import Method
@@ -44,6 +44,22 @@ def read_data(
     return train_groups, reader.groups("eval", data.evaluation)
 
 
+def check_budget(
+    config: TrainConfig, part: str, groups: Sequence[Group], *, share: bool = True
+) -> None:
+    """Refuse groups over the token budget now, not hours from here."""
+    budget = config.max_tokens_per_micro_batch
+    size = num_tokens if share else row_tokens
+    sizes = [size(group) for group in groups] if budget else []
+    if budget and max(sizes, default=0) > budget:
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        raise ConfigError(
+            f"{part}: row {groups[largest].row}: need max_tokens_per_micro_batch of at least"
+            f" {sizes[largest]}, the tokens of the largest group, got {budget}: raise it or lower"
+            " max_length"
+        )
+
+
 @dataclass(frozen=True)
 class Reader:
     """Rows or files to tokenised groups."""
@@ -68,12 +84,11 @@ class Reader:
                 generation_config=self.generation_config,
                 own=1 if self.method.mismatches else None,
             )
-            # a group over the token budget must be found now, not hours from here
-            split_groups(groups, max_tokens=self.config.max_tokens_per_micro_batch)
         except DataError:
             raise
-        except ValueError as error:  # what the tokenizer or the budget cannot do
+        except ValueError as error:  # what the tokenizer cannot do
             raise ConfigError(f"{part}: {error}") from error
+        check_budget(self.config, part, groups)
         counts = [f"{name} {n}" for name, n in (dropped | cut).items() if n]
         taken = dropped["unpaired_from_pairs"], dropped["sft_on_chosen"]  # counted, not dropped
         rows_read = len(examples) - taken[0] + sum(dropped.values()) - sum(taken)

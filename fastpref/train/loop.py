@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref.data.micro_batches import micro_batches
-from fastpref.data.packing import num_tokens
+from fastpref.data.packing import longest, num_tokens, split_groups
 from fastpref.data.tokenize import Group
 from fastpref.methods.base import Method
 from fastpref.models.router import router_coefficient
@@ -25,6 +25,7 @@ from fastpref.train.console import Display
 from fastpref.train.engine import Engine
 from fastpref.train.feed import Feed, Micro
 from fastpref.train.forward import Forward, Part
+from fastpref.train.groups import check_budget
 from fastpref.train.guard import DivergedError, Stopped, StopRequest, check_room
 from fastpref.train.metrics import JsonLines, MetricSums, Throughput, peak_memory
 from fastpref.train.optimizer import OptimizerSpec
@@ -88,7 +89,9 @@ class Trainer:
         self.counts = [self.method.count(group) for group in self.train_groups]
         for group in self.eval_groups:  # what they lack must not come out at the first evaluation
             self.method.count(group)
-        self.check_budget()
+        if not policy.shares_prompts:  # which takes more than the reader of the groups knew
+            for part, groups in (("train", self.train_groups), ("eval", self.eval_groups)):
+                check_budget(config, part, groups, share=False)
         if self.method.couples and self.plan.per_step < 2:
             raise ConfigError(
                 "need at least 2 groups in an optimizer step for a loss that couples them, got "
@@ -125,18 +128,6 @@ class Trainer:
                 f"save_strategy {config.save_strategy!r} every {config.save_steps} and "
                 f"eval_strategy {strategy!r} every {config.eval_steps}"
             )
-
-    def check_budget(self) -> None:
-        """Refuse groups over the token budget, where only the model says what they take."""
-        budget = self.config.max_tokens_per_micro_batch
-        if budget is None or self.engine.model.shares_prompts:
-            return
-        for group in (*self.train_groups, *self.eval_groups):
-            if (size := num_tokens(group, share=False)) > budget:
-                raise ConfigError(
-                    f"row {group.row}: need at most max_tokens_per_micro_batch={budget} tokens, got"
-                    f" {size}, the prompt once per completion: raise the limit or lower max_length"
-                )
 
     def check_metric(self, name: str | None) -> None:
         known = {"loss", *self.method.metric_names}
@@ -260,7 +251,7 @@ class Trainer:
             step = self.state.step
             first = step == 1 and self.config.logging_first_step
             logs = step % self.log_every == 0 or step == total or first
-            if logs:
+            if logs or step in self.eval_at or step in self.save_at:
                 self.check_finite()  # waits for the device, so that its time counts
             self.throughput.seconds += time.perf_counter() - began
             self.display.step(step)
@@ -346,33 +337,40 @@ class Trainer:
     def ask(self, step: int) -> Future[Work]:
         """Have this rank's micro-batches of a step made, while what comes before it runs."""
         size = self.config.per_device_train_batch_size
+        share = self.engine.model.shares_prompts
 
         def make() -> Work:
             groups = [self.train_groups[i] for i in self.plan.indices(step)]
-            share = self.engine.model.shares_prompts
             flops = sum(self.flops.step(group, share=share) for group in groups)
             if self.forward.reference is not None:
                 flops += sum(self.flops.forward(group, share=share) for group in groups)
+            parts = self.deal(groups, size)
             return Work(
-                [self.feed.make(part) for part in self.split(groups, size)],
+                [self.feed.make(part) for part in parts[self.engine.rank]],
                 sum(num_tokens(group, share=False) for group in groups),
-                sum(num_tokens(group, share=share) for group in groups),
+                sum(computed_tokens(part, share=share) for own in parts for part in own),
                 flops,
             )
 
         return self.feed.soon(make)
 
-    def split(self, groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
-        """This rank's micro-batches: by tokens if a budget is set, else by groups."""
-        budget, share = self.config.max_tokens_per_micro_batch, self.engine.model.shares_prompts
+    def deal(self, groups: Sequence[Group], batch_size: int) -> list[list[list[Group]]]:
+        """The micro-batches of each rank: by tokens if a budget is set, else by groups."""
+        ranks, budget = self.engine.world_size, self.config.max_tokens_per_micro_batch
+        most = None if budget else batch_size
+        if not self.engine.model.shares_prompts:  # rows are padded: those of like lengths together
+            order = sorted(groups, key=longest, reverse=True)
+            parts = split_groups(order, max_groups=most, max_tokens=budget, share=False)
+            parts += [[] for _ in range(-len(parts) % ranks)]
+            return [parts[rank::ranks] for rank in range(ranks)]
         dealt = micro_batches(
-            [num_tokens(group, share=share) for group in groups],
-            [self.flops.forward(group, share=share) for group in groups],
-            ranks=self.engine.world_size,
+            [num_tokens(group) for group in groups],
+            [self.flops.forward(group) for group in groups],
+            ranks=ranks,
             max_size=budget,
-            max_groups=None if budget else batch_size,
+            max_groups=most,
         )
-        return [[groups[i] for i in part] for part in dealt[self.engine.rank]]
+        return [[[groups[i] for i in part] for part in own] for own in dealt]
 
     def total(self, groups: Sequence[Group]) -> int:
         return sum(self.method.count(group) for group in groups)
@@ -383,11 +381,11 @@ class Trainer:
         sums = MetricSums()
         began = time.perf_counter()
         self.engine.model.eval()
-        size = self.config.per_device_eval_batch_size
+        rank, size = self.engine.rank, self.config.per_device_eval_batch_size
         parts = (
             part
             for start in range(0, len(self.eval_groups), MOST_DEALT)
-            for part in self.split(self.eval_groups[start : start + MOST_DEALT], size)
+            for part in self.deal(self.eval_groups[start : start + MOST_DEALT], size)[rank]
         )
         known = self.method.known(self.eval_groups)
         count = self.total(self.eval_groups)
@@ -503,6 +501,14 @@ def measure_changes(was: TrainerState, now: TrainerState) -> list[str]:
 def described(groups: Sequence[Group]) -> str:
     """Which data these are, in a line that two runs can be held against."""
     return f"{len(groups)} groups, sha256 {hash_groups(groups, numbers=True)[:16]}"
+
+
+def computed_tokens(groups: Sequence[Group], *, share: bool) -> int:
+    """Tokens that pass the model in a micro-batch, the padding of rows among them."""
+    if share or not groups:
+        return sum(map(num_tokens, groups))
+    rows = sum(len(group.completions) for group in groups)
+    return rows * max(map(longest, groups))
 
 
 def optimizer_spec(config: TrainConfig, total_steps: int) -> OptimizerSpec:

@@ -45,7 +45,12 @@ def settled(entries: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def folded(entries: Mapping[str, Any]) -> dict[str, Any] | None:
     """One mapping of both kinds of entries; TRL's alone count only beside its use_peft."""
     short = {"lora_alpha": "alpha", "dropout": "lora_dropout"}
-    own = {short.get(k, k): x for k, x in entries.items() if not k.startswith(PEER)}
+    own: dict[str, Any] = {}
+    for name, value in entries.items():
+        key = short.get(name, name)
+        if not name.startswith(PEER):
+            if own.setdefault(key, value) != value:
+                raise ConfigError(f"need one {key} of lora, got {own[key]} and {value}")
     theirs = {k.removeprefix(PEER): x for k, x in entries.items() if k.startswith(PEER)}
     use_peft = theirs.pop("use_peft", None)
     if own and use_peft is False:

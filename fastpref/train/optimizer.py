@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from fastpref.models.quantize import is_quantized
 from fastpref.train.config import BITSANDBYTES, ConfigError
 
 # bitsandbytes leaves the moments of smaller tensors in fp32
@@ -173,7 +174,7 @@ def check_optim(optim: str, device: torch.device) -> None:
         importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
         raise ConfigError(
-            f"need bitsandbytes for optim {optim!r}, got {error}: pip install bitsandbytes"
+            f"need bitsandbytes for optim {optim!r}, got {error}: pip install 'fastpref[quant]'"
         ) from error
     if optim.startswith("paged") and device.type != "cuda":
         raise ConfigError(f"need a CUDA device for optim {optim!r}, got {device.type}")
@@ -181,7 +182,12 @@ def check_optim(optim: str, device: torch.device) -> None:
 
 def check_dtypes(model: nn.Module) -> None:
     """Raise ConfigError for fp16 weights: gradients below 6e-8 would vanish without a word."""
-    halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
+    packed = is_quantized(model)  # frozen, and stored in any dtype
+    halves = [
+        name
+        for name, p in model.named_parameters()
+        if p.dtype == torch.float16 and (p.requires_grad or not packed)
+    ]
     if halves:
         raise ConfigError(
             f"need float32 or bfloat16 weights to train, got {len(halves)} in float16"

@@ -88,7 +88,8 @@ def precompute(
     path = folder / f"{cache_key(engine, method, model, groups)}.safetensors"
     if not path.exists():
         limit = None if max_tokens else batch_size
-        batches = split_groups(groups, max_groups=limit, max_tokens=max_tokens)
+        share = model.shares_prompts
+        batches = split_groups(groups, max_groups=limit, max_tokens=max_tokens, share=share)
         try:
             with locked(path.with_suffix(".lock"), while_waiting=on_batch):
                 if not path.exists():  # else another run has filled it meanwhile

@@ -221,13 +221,14 @@ def run_alone(
     policy = engine.model
     check_vocabulary(policy.model, tokenizer)
     try:
-        check_agreement(policy, train_groups[0])
+        with engine.autocast():
+            check_agreement(policy, train_groups[0])
     except ModelError:
         raise
     except ValueError as error:  # a head_workspace that is too small
         raise ConfigError(str(error)) from error
     if config.use_liger_kernel:
-        with unchanged(policy, train_groups[0], "liger-kernel"):
+        with engine.autocast(), unchanged(policy, train_groups[0], "liger-kernel"):
             apply_liger(policy.model, config.liger_kernel_config)
 
     trainer = Trainer(
@@ -241,13 +242,11 @@ def run_alone(
             ends.callback(callback.on_end)
         with trainer.stop:
             prepare_reference(trainer)
-            if config.gradient_checkpointing:
-                policy.checkpoint_layers()
+            policy.checkpoint_layers(config.gradient_checkpointing)
             policy.offload_activations = config.activation_offloading
-            if config.torch_compile:
-                policy.compile_layers()
-                if trainer.forward.reference is not None and policy.adapters is None:
-                    trainer.forward.reference.compile_layers()
+            policy.compile_layers(config.torch_compile)
+            if trainer.forward.reference is not None and policy.adapters is None:
+                trainer.forward.reference.compile_layers(config.torch_compile)
             metrics = trainer.train(resume)
             if config.load_best_model_at_end and trainer.state.best_step is not None:
                 load_best(engine, checkpoint.path_of(folder, trainer.state.best_step))

@@ -44,6 +44,16 @@ def test_by_hand():
     assert micro_batches([], [], ranks=2) == [[], []]
 
 
+def test_as_few_as_the_limits_let_there_be():
+    """Each alone: a search in larger strides must not end past the last group."""
+    sizes = [51 + i % 50 for i in range(147)]
+    (steps,) = micro_batches(sizes, sizes, max_size=100)
+    assert [len(part) for part in steps] == [1] * 147
+    alike = [10] * 1000
+    (steps,) = micro_batches(alike, alike, max_size=100)
+    assert [len(part) for part in steps] == [10] * 100
+
+
 def test_micro_batches_are_full_and_ranks_work_alike():
     sizes = [20 + (i * 7919) % 480 for i in range(512)]
     costs = [size * (1 + size / 1000) for size in sizes]

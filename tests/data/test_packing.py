@@ -137,6 +137,12 @@ def test_split_keeps_order_and_limits():
     assert rows(max_tokens=12) == [[3, 4, 2], [9, 1], [1]]
     assert rows(max_tokens=12, max_groups=2) == [[3, 4], [2], [9, 1], [1]]
     assert split_groups([], max_tokens=1) == []
+    # rows of one completion each, padded: 3 + 1, 4 + 1, 2 + 1, 9 + 1, 1 + 1, 1 + 1
+    assert rows(max_tokens=10, share=False) == [[3, 4], [2], [9], [1, 1]]
+    assert rows(max_tokens=15, share=False) == [[3, 4, 2], [9], [1, 1]]
+    both = [group([1], [2, 2, 2], [2], row=0), group([1], [2], [2], row=1)]
+    assert len(split_groups(both, max_tokens=15, share=False)) == 2  # four rows of four
+    assert len(split_groups(both, max_tokens=16, share=False)) == 1
     with pytest.raises(ValueError, match=r"row 9: need .*max_tokens=9 tokens, got 10"):
         split_groups(groups, max_tokens=9)
     with pytest.raises(ValueError, match="max_groups of at least 1 or None, got 0"):

@@ -9,6 +9,7 @@ import varlen
 from torch import nn
 
 from fastpref.data.packing import pack
+from fastpref.data.tokenize import Group
 from fastpref.models import attention_backends
 from fastpref.models.attention import ModelError, attention
 from fastpref.models.attention_backends import (
@@ -181,6 +182,25 @@ def test_kernels_get_one_dtype_under_autocast(tiny, groups, monkeypatch, archite
     assert seen == [{torch.bfloat16}] * 2
     model.hidden(pack(groups(2, 3)))
     assert seen[2:] == [{torch.float32}] * 2
+
+
+def test_the_choice_is_for_the_dtype_that_runs(tiny, monkeypatch):
+    """Autocast's, not the weights': torch's kernel would be passed over on CUDA by default."""
+    asked = []
+    choice = Choice("varlen", sdpa_per_segment, "")
+    monkeypatch.setattr("fastpref.models.model.choose", lambda n, _: asked.append(n) or choice)
+    model, cpu = LogpModel(tiny("llama")), torch.device("cpu")
+    for _ in range(2):  # once for each
+        with torch.autocast("cpu", torch.bfloat16):
+            model.attention(cpu)
+        model.attention(cpu)
+    assert [n.dtype for n in asked] == [torch.bfloat16, torch.float32]
+
+
+def test_a_window_that_sees_all_is_none():
+    segments = pack([Group([1, 2, 3], ([4], [5]), (None, None), 0, {})]).segments
+    sizes = [attention_backends._window_sizes(w, segments) for w in (None, 3, 4, 5)]
+    assert sizes == [(-1, 0), (2, 0), (-1, 0), (-1, 0)]
 
 
 def needs(**changed):

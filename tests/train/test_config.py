@@ -102,6 +102,8 @@ def test_flags_as_recipes_and_launchers_write_them(args, key, value):
         ({"learning_rat": 1.0}, "nearest is 'learning_rate'"),
         ({"loss_type": "sigmiod"}, "nearest is 'sigmoid'"),
         ({"optim": "adafactor"}, "unknown optim 'adafactor'"),
+        ({"attn_implementation": "eager"}, "unknown attn_implementation 'eager'"),
+        ({"attn_implementation": "flash_attn_2"}, "nearest is 'flash_attention_2'"),
         ({"optim": "adamw_8bits"}, "nearest is 'adamw_8bit'"),
         ({"dtype": "float16"}, "auto, float32 or bfloat16, got 'float16'"),
         ({"packing": True}, "packing: True"),

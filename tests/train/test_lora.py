@@ -443,3 +443,23 @@ def test_prepare_trains_adapters_alone(tmp_path, options):
         n for n, p in engine.model.named_parameters() for q in engine.optimizer.weights if p is q
     }
     assert names and all("lora_" in name for name in names)
+
+
+def test_one_name_twice_is_refused():
+    with pytest.raises(ConfigError, match="need one alpha of lora, got 8 and 16"):
+        DPOConfig(lora={"r": 4, "alpha": 8, "lora_alpha": 16})
+
+
+def test_keys_without_their_switch_are_said(tmp_path, options, pairs, capsys):
+    config = options(tmp_path / "run", max_steps=1, lora=None, bnb_4bit_quant_type="fp4")
+    dpo(config, train_dataset=pairs)
+    assert "load_in_4bit is off, so there is no effect of bnb_4bit_quant_type" in (
+        capsys.readouterr().err
+    )
+
+
+def test_targets_that_peft_cannot_guess_are_listed(tmp_path, options, pairs, new_model, tokenizer):
+    experts = {"architecture": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = options(tmp_path / "run", lora={"r": 4})
+    with pytest.raises(ValueError, match=r"target_modules may be all-linear, or some of .*q_proj"):
+        dpo(config, new_model(**experts), pairs, tokenizer=tokenizer)

@@ -12,6 +12,9 @@ from runs import TIMES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from fastpref.data.formats import to_examples
+from fastpref.data.packing import num_tokens
+from fastpref.data.tokenize import tokenize
 from fastpref.losses.pairs import PairLoss
 from fastpref.methods.dpo import DPO
 from fastpref.train.callbacks import Callback
@@ -475,7 +478,7 @@ def test_a_diverged_run_stops_and_saves_nothing(tmp_path, tokenizer, new_model, 
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
-        ({"max_tokens_per_micro_batch": 20}, ConfigError, "max_tokens=20"),
+        ({"max_tokens_per_micro_batch": 20}, ConfigError, "max_tokens_per_micro_batch of at least"),
         ({"eval_strategy": "steps"}, ConfigError, "eval_dataset"),
         ({"model_name_or_path": None, "beta": -1.0}, ConfigError, "beta"),
     ],
@@ -506,3 +509,56 @@ def test_cuda_steps_equal_the_cpus(tmp_path, tokenizer, new_model, pairs, bf16):
     for a, b in zip(rows_of(tmp_path / "cpu"), rows_of(tmp_path / "cuda"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=tolerance)
         assert b["logps/chosen"] == pytest.approx(a["logps/chosen"], rel=tolerance)
+
+
+def test_flop_and_tokens_of_a_run_are_those_of_its_groups(tmp_path, tokenizer, new_model, pairs):
+    """A live reference costs a forward, scores that are there cost none."""
+    found = {}
+    for precompute in (False, True):
+        config = options(tmp_path / str(precompute), max_steps=1, per_device_train_batch_size=24)
+        config |= {"precompute_ref_log_probs": precompute, "max_tokens_per_micro_batch": 400}
+        result = dpo(config, new_model(), pairs, tokenizer=tokenizer)
+        (row,) = rows_of(tmp_path / str(precompute))
+        per_token = 1e12 * row["tflops_per_second"] / row["tokens_per_second"]
+        found[precompute] = per_token * row["num_tokens"]
+        rates = row["computed_tokens_per_second"] / row["tokens_per_second"]
+        assert row["num_computed_tokens"] / row["num_tokens"] == pytest.approx(rates)
+    groups, _ = tokenize(to_examples(pairs, "preference")[0], tokenizer)
+    flops = result.model.flops()
+    assert row["num_computed_tokens"] == sum(map(num_tokens, groups))
+    assert found[True] == pytest.approx(sum(map(flops.step, groups)))
+    assert found[False] - found[True] == pytest.approx(sum(map(flops.forward, groups)))
+
+
+def test_rows_of_recurrent_layers_keep_the_budget_with_their_padding(
+    tmp_path, tokenizer, new_model, pairs
+):
+    kinds = {"layer_types": ["conv", "full_attention"]}
+    model = new_model(architecture="lfm2", layers=2, **kinds)
+    config = options(tmp_path, max_steps=2, per_device_train_batch_size=24)
+    config |= {"max_tokens_per_micro_batch": 300, "precompute_ref_log_probs": True}
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].numel())
+    )
+    result = dpo(config, model, pairs, tokenizer=tokenizer)
+    assert 200 < max(seen) <= 300
+    del seen[:]
+    config |= {"max_tokens_per_micro_batch": 60, "output_dir": str(tmp_path / "small")}
+    with pytest.raises(ConfigError, match=r"max_tokens_per_micro_batch of at least \d+, .*got 60"):
+        dpo(config, model, pairs, tokenizer=tokenizer)
+    assert result.metrics["num_computed_tokens"] >= result.metrics["num_tokens"]
+
+
+def test_a_run_leaves_no_recomputation_to_the_next(tmp_path, tokenizer, new_model, pairs):
+    model, calls = new_model(), []
+    mlp = model.model.layers[0].mlp
+    for checkpointing in (True, False):
+        config = options(tmp_path / str(checkpointing), max_steps=1)
+        config |= {"gradient_checkpointing": checkpointing, "loss_type": "simpo"}
+        hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        dpo(config, model, pairs, tokenizer=tokenizer)
+        hook.remove()
+        calls.append("end")
+    first = calls.index("end")
+    assert first == len(calls[first + 1 :])  # that of the backward
