@@ -121,7 +121,7 @@ class TrainConfig:
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward instead of keeping its activations."""
     torch_compile: bool = False
-    """Compile the layers of policy and reference, once for all lengths; the first steps are slow."""
+    """Compile the layers, once for all lengths; the first steps are slow."""
     activation_offloading: bool = False
     """Keep the layers' inputs of gradient_checkpointing in pinned host memory, on CUDA."""
     use_liger_kernel: bool = False
