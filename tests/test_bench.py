@@ -445,7 +445,8 @@ def test_plots(tmp_path):
 def test_pytest_benchmark_finds_every_case():
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "--collect-only"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    outer = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**outer, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     found = [line for line in done.stdout.splitlines() if "::test_" in line]
